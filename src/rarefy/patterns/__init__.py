@@ -1,0 +1,9 @@
+"""Which zeros are allowed: patterns of sparsity, each with its best mask for a score and its validity check."""
+
+from __future__ import annotations
+
+from rarefy.patterns.base import Pattern
+from rarefy.patterns.kinds import NM, Block, FanIn, Slice, Unstructured
+from rarefy.patterns.parsing import PATTERNS, parse_pattern
+
+__all__ = ["NM", "PATTERNS", "Block", "FanIn", "Pattern", "Slice", "Unstructured", "parse_pattern"]

@@ -1,0 +1,257 @@
+"""The patterns: unstructured, N:M, blocks, whole rows or columns, constant fan-in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from rarefy.errors import OptionError, PatternError
+from rarefy.patterns.base import Fold, Pattern
+
+
+@dataclass(frozen=True)
+class Unstructured(Pattern):
+    """Any weight may be zero: most accurate per kept weight, faster only on sparse kernels.
+
+    One group, every weight is a unit: G = 1, U = numel. The only pattern that also takes one-dimensional weights.
+
+    Example:
+        >>> import torch
+        >>> from rarefy.patterns import Unstructured
+        >>> Unstructured().project(torch.tensor([[0.5, 3.0], [2.0, 0.1]]), keep=2)
+        tensor([[False,  True],
+                [ True, False]])
+    """
+
+    def __str__(self) -> str:
+        return "unstructured"
+
+    def check(self, shape: Sequence[int], name: str = "weight") -> None:
+        """Raise `PatternError` where the weight has no entries; every other shape fits."""
+        if math.prod(shape) == 0:
+            raise PatternError(f"{name} {list(shape)}: the weight is empty; exclude this layer")
+
+    def _fold(self, shape: tuple[int, ...]) -> Fold:
+        return Fold(split=(math.prod(shape),), groups=(), units=(0,))
+
+    def _obeyed_by(self, kept: Tensor, unit_size: int) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class NM(Pattern):
+    """At most n weights kept in every m neighbours along one dimension, such as 2:4 for sparse tensor cores.
+
+    Groups are the runs of m neighbours along `dim`, at every position of the other dimensions (for a convolution
+    [out, in, kh, kw] with dim=1: m input channels at one output channel and kernel position); units are single
+    weights. G = numel / m, U = m. The sparsity is 1 - n/m and nothing else. A mask obeys with n or fewer in a group.
+
+    Attributes:
+        n: weights kept per group, 1 <= n <= m.
+        m: length of a group.
+        dim: dimension that groups run along; 1 = inputs, 0 = outputs.
+
+    Raises:
+        PatternError: n > m, or n, m or dim out of range.
+
+    Source: Mishra et al. 2021, "Accelerating sparse deep neural networks", arXiv 2104.08378 (2:4 along the inputs).
+
+    Example:
+        >>> import torch
+        >>> from rarefy.patterns import NM
+        >>> NM(1, 2, dim=0).project(torch.tensor([[1.0, 5.0], [2.0, 4.0]]), keep=1)
+        tensor([[False,  True],
+                [ True, False]])
+        >>> str(NM(2, 4)), str(NM(2, 4, dim=0)), NM(2, 4).fixed_sparsity
+        ('2:4', '2:4@0', 0.5)
+    """
+
+    n: int
+    m: int
+    dim: int = 1
+
+    def __post_init__(self) -> None:
+        if self.n > self.m:
+            raise PatternError(f"{self}: cannot keep {self.n} of {self.m}; N:M needs N <= M, such as {self.m}:{self.n}")
+        if self.n < 1 or self.dim < 0:
+            raise PatternError(f"{self}: n, m must be 1 or more and dim 0 or more")
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}" + ("" if self.dim == 1 else f"@{self.dim}")
+
+    @property
+    def fixed_sparsity(self) -> float:
+        """The only sparsity there is: 1 - n/m."""
+        return 1.0 - self.n / self.m
+
+    def keep(self, shape: Sequence[int], density: float | None = None) -> int:
+        """Return n, the number kept in every group of m.
+
+        Raises:
+            OptionError: density is given and differs from n/m by more than 1e-9.
+            PatternError: the shape does not fit.
+        """
+        self.check(shape)
+        if density is not None and abs(density - self.n / self.m) > 1e-9:
+            raise OptionError(
+                f"{self} keeps {self.n / self.m:g} of a weight, density {density:g} was asked; "
+                f"ask for sparsity {self.fixed_sparsity:g} or choose another N:M"
+            )
+        return self.n
+
+    def _misfit(self, shape: tuple[int, ...]) -> str | None:
+        if self.dim >= len(shape):
+            return f"{self} runs along dimension {self.dim}, which this weight lacks; use '{self.n}:{self.m}'"
+        if shape[self.dim] % self.m:
+            fitting = [d for d, size in enumerate(shape) if size % self.m == 0]
+            other = f"use '{NM(self.n, self.m, fitting[0])}', " if fitting else ""
+            return (
+                f"{self} needs dimension {self.dim} ({shape[self.dim]}) to be a multiple of {self.m}; "
+                f"{other}pad it or exclude this layer"
+            )
+        return None
+
+    def _fold(self, shape: tuple[int, ...]) -> Fold:
+        d = self.dim
+        split = (*shape[:d], shape[d] // self.m, self.m, *shape[d + 1 :])
+        return Fold(split, groups=tuple(axis for axis in range(len(split)) if axis != d + 1), units=(d + 1,))
+
+    def _check_keep(self, smallest: int, largest: int, name: str, shape: list[int]) -> None:
+        if largest > self.n:
+            raise PatternError(f"{name} {shape}: keeping {largest} in a group does not obey {self}; keep {self.n}")
+
+    def _obeyed_by(self, kept: Tensor, unit_size: int) -> bool:
+        return bool((kept.sum(1) <= self.n).all())
+
+
+@dataclass(frozen=True)
+class Block(Pattern):
+    """Weights live and die in blocks of rows x cols, the shape that vector instructions like.
+
+    Blocks tile the (out, in) plane, separately at every kernel position of a convolution. One group; a unit is a
+    block: G = 1, U = numel / (rows * cols), numbered row-major over (block row, block column, kernel position).
+
+    Attributes:
+        rows: neighbours along dimension 0 (outputs).
+        cols: neighbours along dimension 1 (inputs).
+
+    Raises:
+        PatternError: rows or cols is less than 1.
+
+    Source: Zhu & Gupta 2017, arXiv 1710.01878, reference code (block masks pooled by sum).
+
+    Example:
+        >>> import torch
+        >>> from rarefy.patterns import Block
+        >>> Block(2, 1).project(torch.tensor([[3.0, 2.0], [0.0, 2.0]]), keep=1)
+        tensor([[False,  True],
+                [False,  True]])
+    """
+
+    rows: int
+    cols: int
+
+    def __post_init__(self) -> None:
+        if self.rows < 1 or self.cols < 1:
+            raise PatternError(f"block {self}: rows and cols must be 1 or more")
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.cols}"
+
+    def _misfit(self, shape: tuple[int, ...]) -> str | None:
+        wrong = [
+            f"dimension {dim} ({shape[dim]}) to be a multiple of {size}"
+            for dim, size in enumerate((self.rows, self.cols))
+            if shape[dim] % size
+        ]
+        if wrong:
+            fit = Block(math.gcd(self.rows, shape[0]), math.gcd(self.cols, shape[1]))
+            return f"block {self} needs {' and '.join(wrong)}; use '{fit}' or smaller, pad it or exclude this layer"
+        return None
+
+    def _fold(self, shape: tuple[int, ...]) -> Fold:
+        split = (shape[0] // self.rows, self.rows, shape[1] // self.cols, self.cols, *shape[2:])
+        return Fold(split, groups=(), units=(0, 2, *range(4, len(split))), inner=(1, 3))
+
+    def _obeyed_by(self, kept: Tensor, unit_size: int) -> bool:
+        return _all_or_nothing(kept, unit_size)
+
+
+@dataclass(frozen=True)
+class Slice(Pattern):
+    """Whole rows (output channels, filters) or whole columns (input channels) live and die together.
+
+    One group; a unit is all weights that share an index in `dim`: G = 1, U = shape[dim].
+
+    Attributes:
+        dim: 0 = row / output channel / filter ("row"), 1 = column / input channel ("column").
+
+    Raises:
+        PatternError: dim is neither 0 nor 1.
+
+    Source: Li et al. 2017, "Pruning filters for efficient ConvNets", arXiv 1608.08710 (filters by summed score).
+
+    Example:
+        >>> import torch
+        >>> from rarefy.patterns import Slice
+        >>> Slice(1).project(torch.tensor([[1.0, 0.0, 9.0], [1.0, 5.0, 9.0]]), keep=2)
+        tensor([[False,  True,  True],
+                [False,  True,  True]])
+    """
+
+    dim: int = 0
+
+    def __post_init__(self) -> None:
+        if self.dim not in (0, 1):
+            raise PatternError(f"slice dimension is {self.dim}; it must be 0 (row) or 1 (column)")
+
+    def __str__(self) -> str:
+        return "column" if self.dim else "row"
+
+    def _fold(self, shape: tuple[int, ...]) -> Fold:
+        inner = tuple(axis for axis in range(len(shape)) if axis != self.dim)
+        return Fold(shape, groups=(), units=(self.dim,), inner=inner)
+
+    def _obeyed_by(self, kept: Tensor, unit_size: int) -> bool:
+        return _all_or_nothing(kept, unit_size)
+
+
+@dataclass(frozen=True)
+class FanIn(Pattern):
+    """Every output keeps the same number of inputs, so that the layer packs into a small dense table.
+
+    Groups are the rows (dimension 0: output neurons, filters), units single weights: G = shape[0],
+    U = numel / shape[0]. A mask obeys when all rows keep equally many.
+
+    Source: Lasby et al. 2024 (SRigL), arXiv 2305.02299, constant fan-in.
+
+    Example:
+        >>> import torch
+        >>> from rarefy.patterns import FanIn
+        >>> FanIn().project(torch.tensor([[1.0, 2.0, 9.0], [0.1, 0.3, 0.2]]), keep=1)
+        tensor([[False, False,  True],
+                [False,  True, False]])
+    """
+
+    def __str__(self) -> str:
+        return "fan-in"
+
+    def _fold(self, shape: tuple[int, ...]) -> Fold:
+        return Fold(shape, groups=(0,), units=tuple(range(1, len(shape))))
+
+    def _check_keep(self, smallest: int, largest: int, name: str, shape: list[int]) -> None:
+        if smallest != largest:
+            raise PatternError(
+                f"{name} {shape}: keep runs from {smallest} to {largest}; constant fan-in needs one number for all rows"
+            )
+
+    def _obeyed_by(self, kept: Tensor, unit_size: int) -> bool:
+        in_row = kept.sum(1)
+        return bool((in_row == in_row[0]).all())
+
+
+def _all_or_nothing(kept: Tensor, unit_size: int) -> bool:
+    return bool(((kept == 0) | (kept == unit_size)).all())
