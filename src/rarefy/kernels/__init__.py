@@ -1,0 +1,10 @@
+"""Operators on tensors: each with a naive reference in PyTorch and a native, multi-threaded version for the CPU."""
+
+from __future__ import annotations
+
+from rarefy.kernels.bitpack import pack_mask, unpack_mask
+from rarefy.kernels.native import native_config, threads
+from rarefy.kernels.select import select_k
+from rarefy.kernels.zero import apply_mask_
+
+__all__ = ["apply_mask_", "native_config", "pack_mask", "select_k", "threads", "unpack_mask"]

@@ -1,0 +1,47 @@
+"""The native core: its import, what it was built for, and how many threads it may use."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+import torch
+
+try:
+    from rarefy.kernels import _native as native
+except ImportError as error:
+    raise ImportError(
+        f"rarefy's native core is missing or does not load ({error}). "
+        "Build it: `make native` in a source checkout, or `pip install .` with a C++ compiler at hand."
+    ) from error
+
+__all__ = ["NativeConfig", "native", "native_config", "threads"]
+
+
+class NativeConfig(TypedDict):
+    """What `native_config` tells."""
+
+    isa: str
+    available: list[str]
+    compiler: str
+    threads: int
+    version: str
+
+
+def threads() -> int:
+    """Return how many threads the native kernels use: as many as PyTorch (`torch.set_num_threads`)."""
+    return torch.get_num_threads()
+
+
+def native_config() -> NativeConfig:
+    """Return which instruction set runs, which ones this CPU has, the compiler, the threads and the version.
+
+    The environment variable `RAREFY_ISA` (baseline, avx2, avx512), read at the first use, forces an instruction set.
+    Raises ValueError when it names none, or one that this CPU lacks.
+    """
+    return NativeConfig(
+        isa=native.isa(),
+        available=native.available_isas(),
+        compiler=native.compiler,
+        threads=threads(),
+        version=native.version,
+    )
