@@ -1,0 +1,17 @@
+"""Reference networks: by name, at any width, and with published weights."""
+
+from __future__ import annotations
+
+from rarefy.models._build import available, build, options
+from rarefy.models.published import PUBLISHED, Published, load_published
+from rarefy.models.width import small_dense_width
+
+__all__ = [
+    "PUBLISHED",
+    "Published",
+    "available",
+    "build",
+    "load_published",
+    "options",
+    "small_dense_width",
+]
