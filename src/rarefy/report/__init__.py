@@ -1,0 +1,19 @@
+"""What runs have shown: a leaderboard, `table.json`, and one stand-alone HTML page."""
+
+from __future__ import annotations
+
+from rarefy.report.console import print_leaderboard
+from rarefy.report.leaderboard import Difference, Row, leaderboard, write_table
+from rarefy.report.reading import collect
+from rarefy.report.records import Comparison, Run
+
+__all__ = [
+    "Comparison",
+    "Difference",
+    "Row",
+    "Run",
+    "collect",
+    "leaderboard",
+    "print_leaderboard",
+    "write_table",
+]

@@ -1,0 +1,79 @@
+"""The leaderboard on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rarefy.report.fairness import percent
+from rarefy.report.leaderboard import Difference, Row
+from rarefy.report.numbers import NONE, duration, points, si, times
+from rarefy.report.records import Comparison
+
+# heading, cell, rank: in a narrow terminal the columns with the highest rank are left out first
+_COLUMNS: tuple[tuple[str, Callable[[Row], str], int], ...] = (
+    ("method", lambda row: plain(row.label), 0),
+    ("sparsity", lambda row: percent(row.sparsity) if row.sparsity is not None else NONE, 2),
+    ("accuracy %", lambda row: _accuracy(row), 0),
+    ("seeds", lambda row: f"{row.n}" if row.n == row.total else f"{row.n} of {row.total}", 0),
+    ("vs static", lambda row: difference(row.against.get("static")), 1),
+    ("vs small-dense", lambda row: difference(row.against.get("small-dense")), 3),
+    ("FLOPs", lambda row: times(row.flops_ratio), 1),
+    ("train FLOPs", lambda row: times(row.training_flops_ratio), 4),
+    ("parameters", lambda row: si(row.parameters), 1),
+    ("size", lambda row: si(row.bytes, "B"), 5),
+    ("time", lambda row: duration(row.seconds), 2),
+    ("peak memory", lambda row: si(row.peak_memory, "B"), 2),
+)
+
+
+def print_leaderboard(console: Console, rows: Sequence[Row], comparison: Comparison | None = None) -> None:
+    """Print one table per sparsity, and with `comparison` its warnings and the runs that do not count.
+
+    Accuracy is mean and standard deviation over seeds; differences carry `*` where their 95 % interval excludes zero.
+    The best accuracy at each sparsity is bold. Columns that do not fit the terminal's width are left out and named.
+    """
+    shown = list(_COLUMNS)
+    cells = {name: [name, *(cell(row) for row in rows)] for name, cell, _ in shown}
+    while len(shown) > 3 and sum(max(map(len, cells[name])) + 2 for name, _, _ in shown) > console.width:
+        shown.remove(max(shown, key=lambda column: column[2]))
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for name, _, _ in shown:
+        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
+    level: float | None = None
+    for row in rows:
+        if row.sparsity_asked != level:
+            level = row.sparsity_asked
+            table.add_row()
+            table.add_row(Text(f"{percent(level or 0.0)} sparsity", style="dim"))
+        best = max((other.accuracy or 0.0 for other in rows if other.sparsity_asked == row.sparsity_asked), default=0.0)
+        bold = row.sparsity_asked is not None and row.accuracy is not None and row.accuracy == best
+        table.add_row(*(Text(cell(row), style="bold" if bold and name == "accuracy %" else "") for name, cell, _ in shown))
+    console.print(table)
+    left_out = [name for name, _, _ in _COLUMNS if name not in {name for name, _, _ in shown}]
+    if left_out:
+        console.print(Text(f"(left out for the terminal's width: {', '.join(left_out)})", style="dim"))
+    if comparison is not None:
+        for run in comparison.problems:
+            console.print(Text(f"not counted: {plain(run.name)}: {plain(run.reason or run.status)}", style="red"))
+        for warning in comparison.warnings:
+            console.print(Text(f"note: {plain(warning)}", style="yellow"))
+
+
+def difference(found: Difference | None) -> str:
+    """Write a paired difference in points, with `*` where the 95 % interval excludes zero."""
+    return NONE if found is None else points(found.mean, sign=True) + ("*" if found.clear else "")
+
+
+def plain(text: str) -> str:
+    """Make text from a run safe for a terminal: no control characters, nothing that cannot be encoded."""
+    clean = "".join(character if character.isprintable() else " " for character in text)
+    return clean.encode("utf-8", "replace").decode("utf-8")
+
+
+def _accuracy(row: Row) -> str:
+    spread = f" ± {points(row.accuracy_sd)}" if row.accuracy_sd is not None else ""
+    return points(row.accuracy) + spread
