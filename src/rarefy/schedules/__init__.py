@@ -1,0 +1,18 @@
+"""When: update times, the rise of sparsity, the decay of the drop fraction."""
+
+from __future__ import annotations
+
+from rarefy.schedules.clock import Clock, Time, check_times
+from rarefy.schedules.curves import CURVES, DECAYS, Curve, Decay, curve, decay
+
+__all__ = [
+    "CURVES",
+    "DECAYS",
+    "Clock",
+    "Curve",
+    "Decay",
+    "Time",
+    "check_times",
+    "curve",
+    "decay",
+]
