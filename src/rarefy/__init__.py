@@ -2,4 +2,11 @@
 
 from __future__ import annotations
 
+from rarefy import methods
+from rarefy._sparsify import sparsify
+from rarefy.engine import Method, Sparsifier
+from rarefy.errors import RarefyError
+
 __version__ = "0.1.0"
+
+__all__ = ["Method", "RarefyError", "Sparsifier", "__version__", "methods", "sparsify"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypeGuard
 
 from rarefy.errors import OptionError
 
@@ -123,7 +124,7 @@ def check_times(every: int, start: Time, stop: Time | None) -> None:
         raise OptionError(f"start is {start}, after stop, {stop}; move one of them")
 
 
-def _is_count(value: object) -> bool:
+def _is_count(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 

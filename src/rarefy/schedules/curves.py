@@ -71,7 +71,7 @@ def exponential(progress: float, initial: float, final: float) -> float:
     _check(progress, initial, final)
     if progress in (0.0, 1.0):
         return _between(progress, initial, final, progress)
-    return 1.0 - (1.0 - initial) ** (1.0 - progress) * (1.0 - final) ** progress
+    return float(1.0 - (1.0 - initial) ** (1.0 - progress) * (1.0 - final) ** progress)
 
 
 def _between(progress: float, initial: float, final: float, share: float) -> float:

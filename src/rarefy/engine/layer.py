@@ -1,0 +1,159 @@
+"""The storage interface: one sparse weight, as methods see it.
+
+A method never touches a parameter or a mask. It asks a layer to choose units (the weights that live and die together,
+see `rarefy.patterns`), and tells it to keep them. What it gets back from a choice is opaque: hand it back, nothing else.
+So the same method runs on masked storage and on any other storage that implements this interface.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rarefy.engine.optimizer_state import Optimizers
+from rarefy.engine.selection import Target
+from rarefy.patterns import Pattern
+
+
+class Change(NamedTuple):
+    """How many weights a rewiring dropped and grew."""
+
+    dropped: int
+    grown: int
+
+
+class Layer(ABC):
+    """One sparse weight: what it is, what it keeps, and the moves that methods are made of.
+
+    "Counts" are int64 tensors [groups]: units kept in each group of the pattern (one group for most patterns).
+    """
+
+    def __init__(self, target: Target, pattern: Pattern, optimizers: Optimizers) -> None:
+        self.target = target
+        self.pattern = pattern
+        self._optimizers = optimizers
+        self.shape = target.shape
+        self.numel = target.parameter.numel()
+        pattern.check(self.shape, self.name)
+        self.groups, self.units_per_group = pattern.units(self.shape)
+
+    # --- what it is -------------------------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        return self.target.name
+
+    @property
+    def module(self) -> nn.Module:
+        return self.target.module
+
+    @property
+    @abstractmethod
+    def nnz(self) -> int:
+        """Number of kept weights."""
+
+    @property
+    def density(self) -> float:
+        return self.nnz / self.numel
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.nnz / self.numel
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r}, {list(self.shape)}, {self.pattern}, sparsity={self.sparsity:.4f})"
+
+    # --- what it holds ----------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def mask(self) -> Tensor:
+        """Return a bool copy of the mask, in the weight's shape; True = kept."""
+
+    @abstractmethod
+    def weight(self) -> Tensor:
+        """Return the weight as a dense tensor, detached, zero where it is not kept. Not for writing."""
+
+    @abstractmethod
+    def counts(self) -> Tensor:
+        """Return how many units each group keeps; int64 [groups]."""
+
+    @abstractmethod
+    def explored(self) -> int:
+        """Return how many weights have been kept at any time so far."""
+
+    # --- choosing units (opaque results) ----------------------------------------------------------------------------
+
+    @abstractmethod
+    def best(self, scores: Tensor, counts: Tensor) -> Tensor:
+        """Choose in each group the units with the largest summed `scores` (weight-shaped)."""
+
+    @abstractmethod
+    def largest_magnitudes(self, counts: Tensor) -> Tensor:
+        """Choose among the kept units those with the largest sum of |w|."""
+
+    @abstractmethod
+    def random(self, counts: Tensor, generator: torch.Generator, *, besides: Tensor | None = None) -> Tensor:
+        """Choose units uniformly at random, none of them in `besides`."""
+
+    @abstractmethod
+    def largest_gradients(self, counts: Tensor, *, besides: Tensor) -> Tensor:
+        """Choose the units with the largest sum of |dense gradient|, none of them in `besides`.
+
+        The method must have asked for this step's dense gradient (`Method.wants_gradient`).
+        """
+
+    # --- changing ---------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def rewire(self, *chosen: Tensor) -> Change:
+        """Keep exactly the chosen units.
+
+        A dropped weight becomes 0 and leaves no optimizer state behind; a grown one starts at 0 with fresh state; a weight
+        that stays keeps its value and state, also one that was chosen to be dropped and to be grown in the same call.
+        """
+
+    @abstractmethod
+    def keep(self, mask: Tensor) -> Change:
+        """Keep exactly the weights where `mask` (bool, weight-shaped) is True; like `rewire` with a whole mask."""
+
+    @abstractmethod
+    def scale_outputs(self, factors: Tensor) -> None:
+        """Multiply the weights of each output unit (dimension 0) by a factor; float [shape[0]]."""
+
+    # --- called by the engine ---------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def attach(self) -> None:
+        """Begin to manage the weight: zero what is not kept, watch its gradients and its loading. Cannot fail."""
+
+    @abstractmethod
+    def detach(self) -> None:
+        """Stop managing the weight and leave it as it is."""
+
+    @abstractmethod
+    def enforce(self) -> None:
+        """Make the weight exactly zero wherever it is not kept."""
+
+    @abstractmethod
+    def watch_gradient(self, wanted: bool) -> None:
+        """Collect the dense gradient of the coming step, or forget what was collected."""
+
+    @property
+    @abstractmethod
+    def has_gradient(self) -> bool:
+        """Whether a dense gradient has been collected since `watch_gradient(True)`."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, object]:
+        """Return the topology: plain tensors, numbers and strings."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """Take over a topology that was checked with `check_state`."""
+
+    @abstractmethod
+    def check_state(self, state: object) -> None:
+        """Raise StateError when `state` does not fit this layer; changes nothing."""

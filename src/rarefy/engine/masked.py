@@ -1,0 +1,292 @@
+"""Masked storage: a dense parameter that is exactly zero outside a boolean mask."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import TensorWeakRef
+
+from rarefy import kernels
+from rarefy.engine.distributed import average
+from rarefy.engine.layer import Change, Layer
+from rarefy.engine.loading import AfterLoad
+from rarefy.engine.optimizer_state import Optimizers
+from rarefy.engine.sampling import sample
+from rarefy.engine.selection import Target
+from rarefy.errors import RarefyError, StateError
+from rarefy.patterns import Pattern
+
+
+class MaskedLayer(Layer):
+    """A parameter that keeps its name, its shape and its place in the state dict; the mask rides beside it.
+
+    Works on any device and dtype. Choices are bool tensors [groups, units per group].
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        pattern: Pattern,
+        optimizers: Optimizers,
+        *,
+        on_change: Callable[[Layer, Change], None],
+        on_load: Callable[[Layer, int], None],
+    ) -> None:
+        super().__init__(target, pattern, optimizers)
+        self._mask = torch.ones(self.shape, dtype=torch.bool, device=target.parameter.device)
+        self._nnz = self.numel
+        self._ever: Tensor | None = None  # union of all masks, made when the mask first changes
+        self._on_change = on_change
+        self._on_load = on_load
+        self._attached = False
+        self._handles: list[RemovableHandle] = []
+        self._hooked: weakref.ref[nn.Parameter] | None = None
+        self._gradient = _GradientSum()
+        self._loaded: Tensor | None = None  # what load_state_dict brought, until the next step
+
+    # --- what it holds ----------------------------------------------------------------------------------------------
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        return self.target.parameter
+
+    @property
+    def nnz(self) -> int:
+        return self._nnz
+
+    def mask(self) -> Tensor:
+        return self._mask.clone()
+
+    def weight(self) -> Tensor:
+        weight = self.parameter.detach()
+        return weight if self._attached or self._nnz == self.numel else weight.masked_fill(~self._here(), 0)
+
+    def counts(self) -> Tensor:
+        return self._kept_units().sum(dim=1)
+
+    def explored(self) -> int:
+        return self._nnz if self._ever is None else int(self._ever.sum())
+
+    # --- choosing ---------------------------------------------------------------------------------------------------
+
+    def best(self, scores: Tensor, counts: Tensor) -> Tensor:
+        return kernels.select_k(self.pattern.pool(scores), counts)
+
+    def largest_magnitudes(self, counts: Tensor) -> Tensor:
+        scores = self.pattern.pool(self.weight().abs())
+        return kernels.select_k(scores.masked_fill(~self._kept_units(), -1), counts)
+
+    def largest_gradients(self, counts: Tensor, *, besides: Tensor) -> Tensor:
+        gradient = self._gradient.total
+        if gradient is None:
+            raise RarefyError(f"{self.name} {list(self.shape)}: no dense gradient was collected for this step.")
+        scores = self.pattern.pool(average(gradient).abs())
+        return kernels.select_k(scores.masked_fill(besides, -1), counts)
+
+    def random(self, counts: Tensor, generator: torch.Generator, *, besides: Tensor | None = None) -> Tensor:
+        shape = (self.groups, self.units_per_group)
+        device = self._mask.device
+        if self.groups > 1:  # a count for each group: rank random scores within the groups
+            scores = torch.rand(shape, generator=generator).to(device)
+            return kernels.select_k(scores if besides is None else scores.masked_fill(besides, -1), counts)
+        chosen = torch.zeros(shape, dtype=torch.bool, device=device)
+        if besides is None:
+            chosen[0, sample(self.units_per_group, int(counts), generator).to(device)] = True
+        else:
+            absent = (~besides[0]).nonzero().squeeze(1)
+            chosen[0, absent[sample(absent.numel(), int(counts), generator).to(device)]] = True
+        return chosen
+
+    # --- changing ---------------------------------------------------------------------------------------------------
+
+    def rewire(self, *chosen: Tensor) -> Change:
+        units = chosen[0]
+        for more in chosen[1:]:
+            units = units | more
+        return self.keep(self.pattern.expand(units, self.shape))
+
+    @torch.no_grad()
+    def keep(self, mask: Tensor) -> Change:
+        if tuple(mask.shape) != self.shape or mask.dtype != torch.bool:
+            raise StateError(f"{self.name}: a mask must be bool {list(self.shape)}, not {mask.dtype} {list(mask.shape)}.")
+        old = self._here()
+        mask = mask.to(old.device)
+        kept = int(mask.sum())
+        dropped = int((old & ~mask).sum()) if self._nnz < self.numel else self.numel - kept
+        change = Change(dropped, kept - (self._nnz - dropped))
+        if self._attached:
+            changed = old ^ mask
+            self._set(mask, kept)
+            self.enforce()
+            if self.parameter.grad is not None:
+                self.parameter.grad.masked_fill_(changed, 0)
+            self._optimizers.refresh(self.parameter, changed)
+        else:
+            self._set(mask, kept)
+        self._on_change(self, change)
+        return change
+
+    def _set(self, mask: Tensor, kept: int) -> None:
+        # A new tensor each time: whoever holds the old mask keeps a true record of it.
+        if self._attached and self._ever is None:
+            self._ever = self._mask.clone()
+        if self._ever is not None:
+            self._ever = self._ever.to(mask.device) | mask
+        self._mask, self._nnz = mask.contiguous(), kept
+
+    @torch.no_grad()
+    def scale_outputs(self, factors: Tensor) -> None:
+        weight = self.parameter
+        weight.mul_(factors.to(weight).view(-1, *[1] * (weight.ndim - 1)))
+
+    # --- the life of the weight -------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def attach(self) -> None:
+        self._attached = True
+        self.enforce()
+        self._handles.append(self.module.register_load_state_dict_post_hook(AfterLoad(self)))
+        self._hook_parameter()
+
+    def detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._attached, self._hooked, self._loaded = False, None, None
+        self._gradient.watch(False)
+
+    @torch.no_grad()
+    def enforce(self) -> None:
+        self._loaded = None
+        if self._nnz < self.numel:
+            kernels.apply_mask_(self.parameter, self._here())
+        if self._attached:
+            self._hook_parameter()
+
+    def _hook_parameter(self) -> None:
+        """Watch the parameter that the module holds now: it may have been replaced, or unfrozen, at any time."""
+        parameter = self.parameter
+        if parameter.requires_grad and (self._hooked is None or self._hooked() is not parameter):
+            self._handles.append(parameter.register_post_accumulate_grad_hook(self._after_backward))
+            self._hooked = weakref.ref(parameter)
+            if self._nnz < self.numel:  # what came before the hook was not masked
+                if parameter.grad is not None:
+                    kernels.apply_mask_(parameter.grad, self._here())
+                self._optimizers.refresh(parameter, ~self._here())
+
+    @torch.no_grad()
+    def _after_backward(self, parameter: Tensor) -> None:
+        """Mask the gradient, so that clipping, momentum and mixing optimizers see kept weights only."""
+        if parameter.grad is None or parameter is not self.parameter:
+            return
+        mask = self._here()
+        self._gradient.see(parameter.grad, mask)
+        if self._nnz < self.numel:
+            kernels.apply_mask_(parameter.grad, mask)
+        self._gradient.seen(parameter.grad)
+
+    def watch_gradient(self, wanted: bool) -> None:
+        self._gradient.watch(wanted)
+
+    @property
+    def has_gradient(self) -> bool:
+        return self._gradient.total is not None
+
+    @torch.no_grad()
+    def after_load(self) -> None:
+        """Zero what a loaded dense weight holds outside the mask, and remember it until the next step.
+
+        Whichever of the model's and the sparsifier's state is loaded first, nothing is lost: see `load_state_dict`.
+        """
+        self._hook_parameter()
+        weight = self.parameter
+        revived = int(torch.count_nonzero(weight.masked_fill(self._here(), 0)))
+        if revived:
+            loaded = weight.detach().clone()
+            self.enforce()
+            self._loaded = loaded
+            self._on_load(self, revived)
+
+    # --- saving -----------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, object]:
+        return {
+            "shape": list(self.shape),
+            "pattern": str(self.pattern),
+            "mask": kernels.pack_mask(self._mask.cpu()),
+            "explored": None if self._ever is None else kernels.pack_mask(self._ever.cpu()),
+        }
+
+    def check_state(self, state: object) -> None:
+        if not isinstance(state, dict) or not {"shape", "pattern", "mask", "explored"} <= state.keys():
+            raise StateError(f"{self.name}: the saved state of this layer is incomplete.")
+        for key, mine in (("shape", list(self.shape)), ("pattern", str(self.pattern))):
+            if state[key] != mine:
+                raise StateError(f"{self.name}: the saved {key} is {state[key]!r}, this model's is {mine!r}.")
+        for key in ("mask", "explored"):
+            bits: Any = state[key]
+            if bits is None and key == "explored":
+                continue
+            if not isinstance(bits, Tensor) or bits.dtype != torch.uint8 or tuple(bits.shape) != (-(-self.numel // 8),):
+                raise StateError(f"{self.name} {list(self.shape)}: the saved {key} is not a bit mask of {self.numel} bits.")
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        device = self.parameter.device
+        mask = kernels.unpack_mask(state["mask"], self.shape).to(device)
+        if self._loaded is not None:  # the weights came first, and were zeroed by a mask that was not theirs
+            self.parameter.copy_(self._loaded)
+        self._mask, self._nnz = mask, int(mask.sum())
+        ever = state["explored"]
+        self._ever = None if ever is None else kernels.unpack_mask(ever, self.shape).to(device)
+        if self._attached:
+            self.enforce()
+
+    # --- helpers ----------------------------------------------------------------------------------------------------
+
+    def _here(self) -> Tensor:
+        """The mask, on the device that the parameter is on now."""
+        device = self.parameter.device
+        if self._mask.device != device:
+            self._mask = self._mask.to(device)
+        return self._mask
+
+    def _kept_units(self) -> Tensor:
+        mask = self._here()
+        if self.pattern.unit_size(self.shape) == 1:
+            return self.pattern.pool(mask)
+        return self.pattern.pool(mask.float()) > 0
+
+
+class _GradientSum:
+    """The dense gradient of one optimizer step, summed over its backward passes as `.grad` itself is.
+
+    `.grad` holds masked sums of earlier passes: outside the mask it holds this pass alone, and inside it the whole sum.
+    """
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+        self._watching = False
+        self._last: tuple[TensorWeakRef, int] | None = None
+
+    def watch(self, wanted: bool) -> None:
+        self._watching, self.total, self._last = wanted, None, None
+
+    def see(self, grad: Tensor, mask: Tensor) -> None:
+        if not self._watching:
+            return
+        # Accumulation changes the same tensor once. A new tensor, or any other change (zero_grad), begins a new sum.
+        continues = self._last is not None and self._last[0]() is grad and grad._version == self._last[1] + 1
+        if self.total is not None and continues:
+            self.total = torch.where(mask, grad, self.total + grad)
+        else:
+            self.total = grad.detach().clone()
+
+    def seen(self, grad: Tensor) -> None:
+        if self._watching:
+            self._last = (TensorWeakRef(grad), grad._version)

@@ -1,0 +1,74 @@
+"""What a method is: options, and what it does at each moment of a sparse model's life."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import nn
+
+from rarefy.errors import OptionError, nearest
+from rarefy.schedules import Clock
+
+if TYPE_CHECKING:
+    from rarefy.engine.sparsifier import Sparsifier
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """Base of all methods: a frozen dataclass whose fields are the options, with their defaults.
+
+    A method overrides the moments that it needs and composes patterns, scores, allocation and schedules there. It reads
+    and changes weights only through `sparse.layers`. What it must remember between steps goes into `sparse.memory`
+    (numbers, strings, tensors), which is saved and restored with the rest.
+    """
+
+    name: ClassVar[str]
+    needs_calibration: ClassVar[bool] = False  # looks at data before training
+
+    def model(self, build: Callable[[float], nn.Module]) -> nn.Module:
+        """Build the network that this method trains; `build(width)` makes it with its hidden widths multiplied."""
+        return build(1.0)
+
+    def clock(self, total_steps: int | None) -> Clock:
+        """Return the method's update times for a run of that many steps (None: not known)."""
+        return Clock(total=total_steps)
+
+    def check(self, sparse: Sparsifier) -> None:
+        """Raise OptionError when the method cannot do this model; changes nothing."""
+
+    def choose(self, sparse: Sparsifier) -> None:
+        """Choose the first masks. The weights are not touched yet: a failure here leaves the model as it was."""
+
+    def initialise(self, sparse: Sparsifier) -> None:
+        """Adjust the weights once the first masks are applied."""
+
+    def wants_gradient(self, sparse: Sparsifier, step: int) -> bool:
+        """Whether the dense gradient of this step (1-based) is needed."""
+        return False
+
+    def after_step(self, sparse: Sparsifier, step: int) -> None:
+        """Act after optimizer step number `step` (1-based)."""
+
+    def options(self) -> dict[str, Any]:
+        """Return the options as plain values."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    @classmethod
+    def make(cls, **options: Any) -> Method:
+        """Build the method; an unknown option is refused with the nearest right name."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        for option in options:
+            if option not in known:
+                raise OptionError(
+                    f"{cls.name} has no option {option!r}{nearest(option, known)}. Its options: {', '.join(known) or 'none'}."
+                )
+        return cls(**options)
+
+
+def check_fraction(name: str, value: object, *, zero: bool = True) -> None:
+    """Raise OptionError unless value is a number in [0, 1) (or (0, 1) without zero)."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1 or (value == 0 and not zero):
+        raise OptionError(f"{name}={value!r} must be a number in {'[0, 1)' if zero else '(0, 1)'}.")

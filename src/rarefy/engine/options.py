@@ -1,0 +1,53 @@
+"""Checks that methods share: each raises OptionError with what was given and what would be right."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rarefy import allocation, schedules
+from rarefy.engine.method import check_fraction
+from rarefy.engine.sharing import Rule
+from rarefy.errors import OptionError, nearest
+from rarefy.patterns import Pattern, parse_pattern
+
+__all__ = ["check_allocation", "check_clock", "check_curve", "check_decay", "check_fraction", "check_pattern", "check_sparsity"]
+
+
+def check_pattern(pattern: str | Pattern) -> None:
+    """Refuse a pattern that cannot be read."""
+    parse_pattern(pattern)
+
+
+def check_sparsity(sparsity: float, pattern: str | Pattern) -> None:
+    """Refuse a sparsity outside [0, 1), or one that contradicts the pattern's own."""
+    check_fraction("sparsity", sparsity)
+    fixed = parse_pattern(pattern).fixed_sparsity
+    if fixed is not None and abs(sparsity - fixed) > 1e-9:
+        raise OptionError(f"pattern={str(pattern)!r} makes {fixed:g} of the weights zero; sparsity={sparsity!r} contradicts it.")
+
+
+def check_allocation(rule: Rule) -> None:
+    """Refuse an unknown rule, or a sparsity by name outside [0, 1)."""
+    if isinstance(rule, Mapping):
+        for name, value in rule.items():
+            check_fraction(f"allocation[{name!r}]", value)
+    elif rule not in allocation.RULES:
+        raise OptionError(
+            f"allocation={rule!r} is not known{nearest(str(rule), allocation.RULES)}; it is one of "
+            f"{', '.join(allocation.RULES)}, or sparsities by layer name."
+        )
+
+
+def check_clock(every: int, start: int | float, stop: int | float | None) -> None:
+    """Refuse impossible times; fractions of total_steps are resolved when the run is known."""
+    schedules.check_times(every, start, stop)
+
+
+def check_curve(name: str) -> None:
+    """Refuse an unknown sparsity curve."""
+    schedules.curve(name)
+
+
+def check_decay(name: str) -> None:
+    """Refuse an unknown decay of the drop fraction."""
+    schedules.decay(name)

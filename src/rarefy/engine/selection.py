@@ -1,0 +1,195 @@
+"""Which weights of a model can be made sparse, and which of them the user wants."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils import parametrize
+
+from rarefy.errors import SelectionError, nearest
+
+Selector = str | re.Pattern[str] | type[nn.Module] | Callable[[str, nn.Module], bool]
+"""A name glob ("layer1.*", "fc?.weight"), a compiled regular expression, a module type, or a predicate(name, module)."""
+
+_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
+_WRAPPERS = ("_orig_mod.", "module.")  # prefixes that torch.compile and DistributedDataParallel put before every name
+
+
+@dataclass(frozen=True)
+class Target:
+    """One weight tensor that can be made sparse: where it lives and every name it is known by."""
+
+    name: str  # parameter name, e.g. "fc1.weight"
+    module_name: str
+    module: nn.Module
+    attribute: str
+    aliases: tuple[str, ...] = ()  # other names of the same (tied) parameter
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        parameter = getattr(self.module, self.attribute)
+        assert isinstance(parameter, nn.Parameter)
+        return parameter
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.parameter.shape)
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A parameter that stays dense, and why."""
+
+    name: str
+    shape: tuple[int, ...]
+    reason: str
+
+
+def clean_name(name: str) -> str:
+    """Drop the prefixes of `torch.compile` and DistributedDataParallel, so that names are those of the user's model."""
+    stripped = True
+    while stripped:
+        stripped = False
+        for prefix in _WRAPPERS:
+            if name.startswith(prefix):
+                name, stripped = name[len(prefix) :], True
+    return name.replace("._orig_mod.", ".")
+
+
+def weight_attributes(module: nn.Module) -> list[str]:
+    """Return the names of a module's own weight matrices that can be made sparse (never biases or norms)."""
+    if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Embedding | nn.EmbeddingBag):
+        return ["weight"]
+    if isinstance(module, nn.MultiheadAttention):
+        names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+        return [name for name in names if getattr(module, name) is not None]
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        return [name for name, _ in module.named_parameters(recurse=False) if name.startswith("weight_")]
+    return []
+
+
+def find_targets(
+    model: nn.Module,
+    include: Selector | Sequence[Selector] | None = None,
+    exclude: Selector | Sequence[Selector] | None = None,
+) -> tuple[list[Target], list[LeftOut]]:
+    """Find the weights to make sparse, in the model's order, and list every other parameter with the reason.
+
+    Raises SelectionError when a selector matches nothing, when nothing is left, or when a chosen layer cannot be sparse.
+    """
+    found: dict[int, Target] = {}
+    left: list[LeftOut] = []
+    for raw, module in model.named_modules():
+        module_name = clean_name(raw + ".")[:-1] if raw else ""
+        # A parametrized weight is computed, not stored: its original is a parameter of another module.
+        supported = [a for a in weight_attributes(module) if not parametrize.is_parametrized(module, a)]
+        for attribute, parameter in module.named_parameters(recurse=False):
+            name = f"{module_name}.{attribute}" if module_name else attribute
+            if id(parameter) in found:
+                first = found[id(parameter)]
+                found[id(parameter)] = Target(
+                    first.name, first.module_name, first.module, first.attribute, (*first.aliases, name)
+                )
+                left.append(LeftOut(name, tuple(parameter.shape), f"tied to {first.name}, which stands for both"))
+            elif isinstance(parameter, UninitializedParameter):
+                raise SelectionError(
+                    f"{name}: the shape of this lazy parameter is not known yet. Run one batch through the model first."
+                )
+            elif attribute in supported:
+                found[id(parameter)] = Target(name, module_name, module, attribute)
+            else:
+                left.append(LeftOut(name, tuple(parameter.shape), _why_not(module, attribute, parameter)))
+
+    targets = list(found.values())
+    if not targets:
+        raise SelectionError(
+            "This model holds no weight that can be made sparse: none of its modules is a Linear, Conv1d/2d/3d, Embedding, "
+            "MultiheadAttention or RNN."
+        )
+    targets, not_chosen = _choose(targets, _as_list(include), _as_list(exclude))
+    for target in targets:
+        if isinstance(target.module, nn.Embedding | nn.EmbeddingBag) and target.module.sparse:
+            raise SelectionError(
+                f"{target.name} {list(target.shape)}: an embedding with sparse=True has row-sparse gradients, which cannot "
+                f"follow a mask. Build it with sparse=False, or exclude={target.module_name!r}."
+            )
+    return targets, left + not_chosen
+
+
+def _choose(
+    targets: list[Target], include: list[Selector], exclude: list[Selector]
+) -> tuple[list[Target], list[LeftOut]]:
+    names = [t.name for t in targets] + [t.module_name for t in targets]
+    for which, selectors in (("include", include), ("exclude", exclude)):
+        for selector in selectors:
+            if not any(_matches(selector, t) for t in targets):
+                hint = nearest(selector, names) if isinstance(selector, str) else ""
+                raise SelectionError(
+                    f"{which}={_spell(selector)} matches no layer that can be made sparse{hint}. "
+                    f"They are: {_shorten([t.name for t in targets])}."
+                )
+    chosen: list[Target] = []
+    left: list[LeftOut] = []
+    for t in targets:
+        hit = next((s for s in exclude if _matches(s, t)), None)
+        if hit is not None:
+            left.append(LeftOut(t.name, t.shape, f"excluded by {_spell(hit)}"))
+        elif include and not any(_matches(s, t) for s in include):
+            left.append(LeftOut(t.name, t.shape, "not named by include"))
+        else:
+            chosen.append(t)
+    if not chosen:
+        raise SelectionError(f"exclude={[_spell(s) for s in exclude]} leaves no layer to make sparse.")
+    return chosen, left
+
+
+def _matches(selector: Selector, target: Target) -> bool:
+    if isinstance(selector, str):
+        names = (target.name, target.module_name, *target.aliases, *(a.rpartition(".")[0] for a in target.aliases))
+        return any(fnmatch.fnmatchcase(name, selector) for name in names)
+    if isinstance(selector, re.Pattern):
+        return any(selector.search(name) for name in (target.name, *target.aliases))
+    if isinstance(selector, type):
+        return isinstance(target.module, selector)
+    return bool(selector(target.name, target.module))
+
+
+def _as_list(selectors: Selector | Sequence[Selector] | None) -> list[Selector]:
+    if selectors is None:
+        return []
+    items: list[Selector] = (
+        list(selectors) if isinstance(selectors, Sequence) and not isinstance(selectors, str) else [selectors]  # type: ignore[list-item]
+    )
+    for item in items:
+        if not (isinstance(item, str | re.Pattern | type) or callable(item)):
+            raise SelectionError(
+                f"{item!r} cannot select layers: give a name glob, a compiled regular expression, a module type "
+                "or a predicate(name, module)."
+            )
+    return items
+
+
+def _why_not(module: nn.Module, attribute: str, parameter: nn.Parameter) -> str:
+    if isinstance(module, _NORMS):
+        return "normalisation"
+    if isinstance(module, parametrize.ParametrizationList):
+        return "computed by a parametrization (torch.nn.utils.parametrize)"
+    if attribute.startswith("bias") or attribute.endswith("bias") or parameter.ndim < 2:
+        return "bias or vector"
+    return f"no rule for {attribute!r} of {type(module).__name__}"
+
+
+def _spell(selector: Selector) -> str:
+    if isinstance(selector, re.Pattern):
+        return f"re.compile({selector.pattern!r})"
+    return selector.__name__ if isinstance(selector, type) else repr(selector)
+
+
+def _shorten(names: list[str], limit: int = 12) -> str:
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown}, ... ({len(names)} in all)"

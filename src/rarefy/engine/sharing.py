@@ -1,0 +1,75 @@
+"""Share a sparsity out over layers: an allocation rule's weights, turned into units of each layer's pattern."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from rarefy import allocation
+from rarefy.engine.layer import Layer
+from rarefy.errors import AllocationError
+from rarefy.scores import lamp
+
+Rule = str | Mapping[str, float]
+"""A rule's name (`rarefy.allocation.RULES`), or sparsities by layer-name glob."""
+
+
+def share(
+    layers: Mapping[str, Layer], sparsity: float, rule: Rule, scores: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Return how many units each layer keeps in each of its groups: name -> int64 [groups].
+
+    Args:
+        layers: the sparse layers, in the model's order.
+        sparsity: fraction of zeros over all these layers together. Where a pattern prescribes its own (N:M), sparsities
+            below that are stages on the way to it.
+        rule: "uniform", "uniform+", "er", "erk", "global", "lamp", or sparsities by name.
+        scores: weight-shaped, not negative; needed by "global" and "lamp" only.
+
+    Raises AllocationError when a shape-based rule leaves a layer empty; a score-based one may (with a warning).
+    """
+    if all(layer.pattern.fixed_sparsity is not None for layer in layers.values()):
+        return {name: _full(layer, _stage(layer, sparsity)) for name, layer in layers.items()}
+    if isinstance(rule, str) and rule in allocation.SCORED:
+        assert scores is not None, f"{rule} needs scores"
+        ranked = {name: _per_weight(layer, scores[name]) for name, layer in layers.items()}
+        kept = allocation.global_counts({n: lamp(s) for n, s in ranked.items()} if rule == "lamp" else ranked, sparsity)
+    else:
+        kept = allocation.counts({name: layer.shape for name, layer in layers.items()}, sparsity, rule)
+    result = {name: _units(layer, kept[name]) for name, layer in layers.items()}
+    if empty := [name for name, units in result.items() if not units.any()]:
+        if not (isinstance(rule, str) and rule in allocation.SCORED):
+            name = empty[0]
+            raise AllocationError(
+                f"{name} {list(layers[name].shape)}: its share of {kept[name]} weights is less than one unit of pattern "
+                f"{layers[name].pattern}. Lower the sparsity, or exclude this layer."
+            )
+        warnings.warn(f"These layers keep no weight at all, so nothing passes through them: {', '.join(empty)}.", stacklevel=3)
+    return result
+
+
+def _stage(layer: Layer, sparsity: float) -> int:
+    fixed = layer.pattern.fixed_sparsity
+    if fixed is None or sparsity >= fixed - 1e-9:
+        return layer.pattern.keep(layer.shape)
+    return math.floor((1 - sparsity) * layer.units_per_group + 0.5)
+
+
+def _units(layer: Layer, weights: int) -> Tensor:
+    if layer.pattern.fixed_sparsity is not None:
+        return _full(layer, layer.pattern.keep(layer.shape))
+    return _full(layer, math.floor(weights / layer.numel * layer.units_per_group + 0.5))
+
+
+def _full(layer: Layer, units: int) -> Tensor:
+    return torch.full((layer.groups,), units, dtype=torch.int64)
+
+
+def _per_weight(layer: Layer, scores: Tensor) -> Tensor:
+    """Give every weight its unit's mean score, so that units of different sizes compare."""
+    size = layer.pattern.unit_size(layer.shape)
+    return scores if size == 1 else layer.pattern.expand(layer.pattern.pool(scores) / size, layer.shape)

@@ -1,0 +1,328 @@
+"""The life of a sparse model: masks held, optimizer hooked, state saved and resumed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from rarefy.engine.distributed import from_first_rank
+from rarefy.engine.events import Cost, Event
+from rarefy.engine.layer import Change, Layer
+from rarefy.engine.loading import AfterLoad
+from rarefy.engine.masked import MaskedLayer
+from rarefy.engine.method import Method
+from rarefy.engine.optimizer_state import Optimizers
+from rarefy.engine.selection import LeftOut, Selector, find_targets
+from rarefy.engine.summary import Row, Summary
+from rarefy.errors import OptionError, StateError, nearest
+from rarefy.metrics.flops import flops
+from rarefy.patterns import Pattern, parse_pattern
+
+STORAGES = {"masked": MaskedLayer}
+_FORMAT = 1
+
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+class Sparsifier:
+    """Holds the sparse layers of one model and works in hooks on the optimizer. Made by `rarefy.sparsify`.
+
+    Attributes:
+        layers: parameter name -> `Layer`, in the model's order.
+        method: the method, with its options.
+        clock: the method's update times.
+        step_count: optimizer steps seen so far.
+        events: every change of a mask, in order.
+        memory: what the method remembers between steps.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        *,
+        optimizer: Optimizer | Sequence[Optimizer] | None = None,
+        include: Selector | Sequence[Selector] | None = None,
+        exclude: Selector | Sequence[Selector] | None = None,
+        calibration: Iterable[Any] | None = None,
+        loss: Loss | None = None,
+        total_steps: int | None = None,
+        seed: int = 0,
+        storage: str = "masked",
+    ) -> None:
+        if storage not in STORAGES:
+            raise OptionError(f"storage={storage!r} is not known{nearest(storage, STORAGES)}; it is one of {[*STORAGES]}.")
+        if total_steps is not None and total_steps < 1:
+            raise OptionError(f"total_steps={total_steps} must be at least 1, or None when it is not known.")
+        if method.needs_calibration and calibration is None:
+            raise OptionError(f"{method.name} looks at data before training: pass calibration=[batch, ...].")
+        self.model = model
+        self.method = method
+        self.total_steps = total_steps
+        self.clock = method.clock(total_steps)
+        self.calibration = calibration
+        self.loss = loss
+        self.seed = seed
+        self.step_count = 0
+        self.events: list[Event] = []
+        self.memory: dict[str, Any] = {}
+        self.generator = torch.Generator().manual_seed(seed)
+        self._optimizers = Optimizers(_check_optimizers(optimizer))
+        self._dense_gradient_steps = 0
+        self._reloaded: dict[str, int] = {}
+        self._handles: list[RemovableHandle] = []
+        self._attached = False
+
+        targets, self.left_out = find_targets(model, include, exclude)
+        pattern: Pattern = parse_pattern(getattr(method, "pattern", "unstructured"))
+        make = STORAGES[storage]
+        self.layers: dict[str, Layer] = {
+            t.name: make(t, pattern, self._optimizers, on_change=self._changed, on_load=self._loaded) for t in targets
+        }
+        self._kept_steps = dict.fromkeys(self.layers, 0)
+        method.check(self)
+        method.choose(self)
+        self.calibration = None  # seen, and not ours to keep alive
+        self._share_masks()
+        self._attach()
+        with torch.no_grad():
+            method.initialise(self)
+        self._prepare_next_step()
+
+    # --- what it is -------------------------------------------------------------------------------------------------
+
+    @property
+    def nnz(self) -> int:
+        """Kept weights of all sparse layers."""
+        return sum(layer.nnz for layer in self.layers.values())
+
+    @property
+    def numel(self) -> int:
+        """Weights of all sparse layers, kept or not."""
+        return sum(layer.numel for layer in self.layers.values())
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros in the sparse layers."""
+        return 1 - self.nnz / self.numel
+
+    def masks(self) -> dict[str, Tensor]:
+        """Return a bool copy of every mask by parameter name; True = kept."""
+        return {name: layer.mask() for name, layer in self.layers.items()}
+
+    def explored(self) -> float:
+        """Return R_s, the share of weights that have been kept at any time so far (ITOP, arXiv 2102.02887)."""
+        return sum(layer.explored() for layer in self.layers.values()) / self.numel
+
+    def training_cost(self) -> dict[str, Cost]:
+        """Return, for every layer, the sums that training FLOPs are counted from."""
+        return {n: Cost(self.step_count, self._kept_steps[n], self._dense_gradient_steps) for n in self.layers}
+
+    def summary(self, example_input: Any = None) -> Summary:
+        """Return a table of the layers; with an example input, also of their FLOPs (one forward pass is run)."""
+        report = None if example_input is None else flops(self.model, example_input, self.masks())
+        rows = []
+        for name, layer in self.layers.items():
+            dense, kept = report.layers.get(name, (None, None)) if report is not None else (None, None)
+            rows.append(Row(name, layer.shape, str(layer.pattern), layer.nnz, layer.numel, kept, dense))
+        title = f"{self.method.name}: {self.sparsity:.2%} of {self.numel:,} weights are zero, after {self.step_count} steps"
+        whole = None if report is None else (report.sparse, report.dense)
+        return Summary(title, rows, self.left_out + self._added_since(), whole)
+
+    def __repr__(self) -> str:
+        return f"Sparsifier({self.method}, layers={len(self.layers)}, sparsity={self.sparsity:.4f}, step={self.step_count})"
+
+    def _added_since(self) -> list[LeftOut]:
+        known = {item.name for item in self.left_out} | set(self.layers)
+        targets, left = find_targets(self.model)
+        new = [LeftOut(t.name, t.shape, "added after sparsify()") for t in targets if t.name not in known]
+        return new + [item for item in left if item.name not in known and not item.reason.startswith("tied")]
+
+    # --- one step ---------------------------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """Do what follows an optimizer step. Only for loops whose optimizer was not given to `sparsify`."""
+        for layer in self.layers.values():
+            layer.enforce()
+        self._advance()
+
+    def _after_optimizer_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for layer in self.layers.values():
+            if id(layer.target.parameter) in held:
+                layer.enforce()
+        if optimizer is self._clock() and not _was_skipped(optimizer):
+            self._advance()
+
+    def _clock(self) -> Optimizer:
+        """Return the optimizer whose steps count: the last of those that hold sparse weights."""
+        owners = [self._optimizers.owner(layer.target.parameter) for layer in self.layers.values()]
+        return next((o for o in reversed(self._optimizers.all) if any(o is owner for owner in owners)), self._optimizers.all[-1])
+
+    def _advance(self) -> None:
+        self.after_load()
+        self.step_count += 1
+        if any(layer.has_gradient for layer in self.layers.values()):
+            self._dense_gradient_steps += 1
+        for name, layer in self.layers.items():
+            self._kept_steps[name] += layer.nnz
+        with torch.no_grad():
+            self.method.after_step(self, self.step_count)
+        self._prepare_next_step()
+
+    def _prepare_next_step(self) -> None:
+        wanted = self.method.wants_gradient(self, self.step_count + 1)
+        for layer in self.layers.values():
+            layer.watch_gradient(wanted)
+
+    def _changed(self, layer: Layer, change: Change) -> None:
+        self.events.append(Event(self.step_count, layer.name, change.dropped, change.grown, layer.nnz))
+
+    # --- attaching and leaving --------------------------------------------------------------------------------------
+
+    def _share_masks(self) -> None:
+        for layer in self.layers.values():
+            mask = layer.mask()
+            shared = from_first_rank(mask)
+            if not torch.equal(mask, shared):
+                layer.keep(shared)
+
+    def _attach(self) -> None:
+        for layer in self.layers.values():
+            layer.attach()
+        for optimizer in self._optimizers.all:
+            self._handles.append(optimizer.register_step_post_hook(self._after_optimizer_step))
+        self._handles.append(self.model.register_load_state_dict_post_hook(AfterLoad(self)))
+        self._attached = True
+
+    def detach(self) -> None:
+        """Stop managing the model and leave its weights as they are: from now on nothing keeps the zeros."""
+        for layer in self.layers.values():
+            layer.detach()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._attached = False
+
+    def finalize(self) -> nn.Module:
+        """Make every dropped weight exactly zero, stop managing the model, and return it: plain again."""
+        if self._attached:
+            for layer in self.layers.values():
+                layer.enforce()
+            self.detach()
+        return self.model
+
+    # --- loading dense weights --------------------------------------------------------------------------------------
+
+    def _loaded(self, layer: Layer, revived: int) -> None:
+        self._reloaded[layer.name] = revived
+
+    def after_load(self) -> None:
+        """Say so when loaded weights were not zero where the masks are."""
+        if self._reloaded:
+            names = ", ".join(f"{name} ({count:,})" for name, count in self._reloaded.items())
+            self._reloaded = {}
+            warnings.warn(
+                f"The loaded state has non-zero weights where the masks are zero: {names}. The masks were applied to them; "
+                "loading a sparsifier's state before the next step brings its own masks and weights back.",
+                stacklevel=2,
+            )
+
+    # --- saving and resuming ----------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything an exact resume needs beside the model's and the optimizer's state.
+
+        Only tensors, numbers, strings, lists and dicts: `torch.load(weights_only=True)` reads it. Masks are bit-packed.
+        """
+        index = {name: i for i, name in enumerate(self.layers)}
+        rows = [[e.step, index[e.layer], e.dropped, e.grown, e.kept] for e in self.events]
+        return {
+            "format": _FORMAT,
+            "method": self.method.name,
+            "options": {k: _plain(v) for k, v in self.method.options().items()},
+            "total_steps": self.total_steps,
+            "seed": self.seed,
+            "step": self.step_count,
+            "generator": self.generator.get_state(),
+            "dense_gradient_steps": self._dense_gradient_steps,
+            "kept_steps": dict(self._kept_steps),
+            "events": torch.tensor(rows, dtype=torch.int64).reshape(-1, 5),
+            "memory": dict(self.memory),
+            "layers": {name: layer.state_dict() for name, layer in self.layers.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue exactly where `state_dict()` was taken, in any order with the model's and the optimizer's own loading.
+
+        Raises StateError, and changes nothing, when the state is of another method, other options or another model.
+        """
+        self._check_state(state)
+        for name, layer in self.layers.items():
+            layer.load_state_dict(state["layers"][name])
+        names = list(self.layers)
+        self.events = [Event(s, names[i], d, g, k) for s, i, d, g, k in state["events"].tolist()]
+        self.step_count = state["step"]
+        self.seed = state["seed"]
+        self.generator.set_state(state["generator"])
+        self.memory = dict(state["memory"])
+        self._dense_gradient_steps = state["dense_gradient_steps"]
+        self._kept_steps = dict(state["kept_steps"])
+        self._reloaded = {}
+        self._prepare_next_step()
+
+    def _check_state(self, state: dict[str, Any]) -> None:
+        if not isinstance(state, dict) or state.get("format") != _FORMAT:
+            raise StateError("This is not a sparsifier's state, or it was written by another version of rarefy.")
+        missing = {"events", "memory", "generator", "kept_steps", "dense_gradient_steps", "step", "seed"} - state.keys()
+        if missing:
+            raise StateError(f"The saved state is incomplete: it lacks {', '.join(sorted(missing))}.")
+        mine = {k: _plain(v) for k, v in self.method.options().items()} | {"total_steps": self.total_steps}
+        saved = {**state.get("options", {}), "total_steps": state.get("total_steps")}
+        if state.get("method") != self.method.name:
+            raise StateError(f"The state is of method {state.get('method')!r}, this sparsifier's is {self.method.name!r}.")
+        for option in mine.keys() | saved.keys():
+            if mine.get(option) != saved.get(option):
+                raise StateError(
+                    f"{self.method.name}: option {option} was {saved.get(option)!r} when the state was saved and is "
+                    f"{mine.get(option)!r} now. Make the sparsifier with the same options."
+                )
+        layers = state.get("layers")
+        if not isinstance(layers, dict) or list(layers) != list(self.layers):
+            odd = set(layers or ()) ^ set(self.layers)
+            raise StateError(f"The state is of another model: these layers differ: {', '.join(sorted(odd)) or 'their order'}.")
+        for name, layer in self.layers.items():
+            layer.check_state(layers[name])
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else str(value)
+
+
+def _check_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
+    if optimizer is None:
+        return []
+    optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+    for item in optimizers:
+        if not isinstance(item, Optimizer):
+            raise OptionError(
+                f"optimizer={type(item).__name__} is not a torch.optim.Optimizer. "
+                "Leave it out and call sparse.step() after each of its steps."
+            )
+    return optimizers
+
+
+def _was_skipped(optimizer: Optimizer) -> bool:
+    """Whether GradScaler let a fused optimizer run a step that its kernel skipped because of infinities."""
+    found = getattr(optimizer, "found_inf", None)
+    return isinstance(found, Tensor) and bool(found.item())

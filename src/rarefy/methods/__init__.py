@@ -1,0 +1,56 @@
+"""The methods: one file each (or one for a close family), found by themselves: a new file here is a new method."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from typing import Any
+
+from rarefy.engine.method import Method
+from rarefy.errors import OptionError, nearest
+from rarefy.patterns import parse_pattern
+
+
+def _find() -> dict[str, type[Method]]:
+    found: dict[str, type[Method]] = {}
+    for info in pkgutil.iter_modules(__path__):
+        module = importlib.import_module(f"{__name__}.{info.name}")
+        for _, cls in inspect.getmembers(module, inspect.isclass):
+            if issubclass(cls, Method) and cls.__module__ == module.__name__ and "name" in vars(cls):
+                found[cls.name] = cls
+    return dict(sorted(found.items(), key=lambda item: item[0]))
+
+
+_METHODS = _find()
+globals().update({cls.__name__: cls for cls in _METHODS.values()})
+
+__all__ = ["Method", "available", "make", *(cls.__name__ for cls in _METHODS.values())]  # noqa: PLE0604
+
+
+def available() -> dict[str, type[Method]]:
+    """Return every method's class by its name."""
+    return dict(_METHODS)
+
+
+def make(name: str, **options: Any) -> Method:
+    """Build a method from its name and options.
+
+    Where a pattern prescribes a sparsity (2:4: one half) and none is given, that one is meant.
+
+    Raises OptionError for an unknown name or option, with the nearest right one.
+    """
+    if name not in _METHODS:
+        raise OptionError(f"There is no method {name!r}{nearest(name, _METHODS)}. Methods: {', '.join(_METHODS)}.")
+    cls = _METHODS[name]
+    if "pattern" in options and options.get("sparsity") is None:
+        fixed = parse_pattern(options["pattern"]).fixed_sparsity
+        options = {**options, "sparsity": fixed} if fixed is not None else options
+    if options.get("sparsity", 0) is None:
+        options = {key: value for key, value in options.items() if key != "sparsity"}
+    return cls.make(**options)
+
+
+def __getattr__(name: str) -> type[Method]:
+    """Tell type checkers and readers that every method's class is an attribute of this module."""
+    raise AttributeError(f"rarefy.methods has no {name!r}{nearest(name, [c.__name__ for c in _METHODS.values()])}")

@@ -1,0 +1,105 @@
+"""Dynamic sparse training: drop the smallest weights, grow others, never be dense. SET and RigL."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from rarefy.engine import Layer, Sparsifier
+from rarefy.engine.options import check_clock, check_decay, check_fraction
+from rarefy.methods.static import Static
+from rarefy.schedules import Clock, decay
+
+
+@dataclass(frozen=True, kw_only=True)
+class SET(Static):
+    """Sparse evolutionary training: every few steps, drop the smallest weights and grow as many at random.
+
+    Mocanu et al. 2018, Nature Communications 9 (arXiv 1707.04780); in the form that Evci et al. 2020 (arXiv 1911.11134)
+    compare with: drop by |w|, grow from zero, a decaying drop fraction. Starts as `static`. At update step t, in each
+    layer with n kept weights,
+
+        k = floor(f(t) n),   f(t) = alpha/2 (1 + cos(pi t / T_end)),
+        K = the n - k kept weights of largest |w|,
+        R = k weights, uniformly at random, outside K,
+        mask = K + R.
+
+    A grown weight starts at 0 with fresh optimizer state. A weight that is dropped and grown in one update keeps both.
+    The update follows the optimizer step. The original drops the smallest positive and negative weights separately,
+    once an epoch, with a constant fraction: set `decay="constant"` and `every` to the steps of an epoch.
+
+    Options (beside those of `static`):
+        drop_fraction: alpha, in (0, 1). Default 0.3 (both papers).
+        every: steps between updates. Default 100 (RigL).
+        start, stop: first and last step of updates; an int is a step, a float in [0, 1] a fraction of total_steps.
+            Defaults 0 and three quarters of total_steps (RigL); without total_steps updates never stop and the drop
+            fraction stays constant.
+        decay: "cosine" (default), "linear", "constant" or "power".
+
+    Raises as `static` does, and OptionError where a fraction is given without total_steps.
+    """
+
+    name: ClassVar[str] = "set"
+    drop_fraction: float = 0.3
+    every: int = 100
+    start: int | float = 0
+    stop: int | float | None = None
+    decay: str = "cosine"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_fraction("drop_fraction", self.drop_fraction, zero=False)
+        check_clock(self.every, self.start, self.stop)
+        check_decay(self.decay)
+
+    def clock(self, total_steps: int | None) -> Clock:
+        stop = self.stop if self.stop is not None or total_steps is None else 0.75
+        return Clock(every=self.every, start=self.start, stop=stop, total=total_steps)
+
+    def after_step(self, sparse: Sparsifier, step: int) -> None:
+        if not sparse.clock.due(step):
+            return
+        fraction = decay(self.decay)(self.drop_fraction, sparse.clock.progress(step))
+        for layer in sparse.layers.values():
+            if self.can_grow(layer):
+                kept = layer.counts()
+                survivors = layer.largest_magnitudes(kept - (kept * fraction).long())
+                grown = self.grow(sparse, layer, (kept * fraction).long(), survivors)
+                layer.rewire(survivors, grown)
+
+    def can_grow(self, layer: Layer) -> bool:
+        """Whether the layer has what the growth rule looks at."""
+        return True
+
+    def grow(self, sparse: Sparsifier, layer: Layer, counts: Tensor, survivors: Tensor) -> Tensor:
+        """Choose the units to grow, outside the survivors."""
+        return layer.random(counts, sparse.generator, besides=survivors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RigL(SET):
+    """RigL: like SET, but grow the weights whose gradient is largest.
+
+    Evci et al. 2020, "Rigging the Lottery: Making All Tickets Winners" (arXiv 1911.11134, algorithm 1). As `set`, with
+
+        R = the k weights outside K of largest |dL/dw|,
+
+    the dense gradient of the update step, summed over its accumulated backward passes and averaged over ranks. It is the
+    only dense gradient that is used: one step in `every`.
+    A layer that no backward pass reached at an update step keeps its mask.
+
+    Options, defaults and errors: those of `set` (alpha 0.3, every 100, stop at three quarters: the paper's).
+    """
+
+    name: ClassVar[str] = "rigl"
+
+    def wants_gradient(self, sparse: Sparsifier, step: int) -> bool:
+        return sparse.clock.due(step)
+
+    def can_grow(self, layer: Layer) -> bool:
+        return layer.has_gradient
+
+    def grow(self, sparse: Sparsifier, layer: Layer, counts: Tensor, survivors: Tensor) -> Tensor:
+        return layer.largest_gradients(counts, besides=survivors)

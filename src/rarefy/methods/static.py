@@ -1,0 +1,67 @@
+"""Static random sparsity: a mask drawn before training and never changed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from rarefy.engine import Layer, Method, Sparsifier
+from rarefy.engine.options import check_allocation, check_pattern, check_sparsity
+from rarefy.engine.sharing import Rule, share
+from rarefy.errors import OptionError
+from rarefy.patterns import Pattern
+
+
+@dataclass(frozen=True, kw_only=True)
+class Static(Method):
+    """Random pruning before training: draw a mask at given layer densities, then train what is left.
+
+    Liu et al. 2022, "The Unreasonable Effectiveness of Random Pruning" (arXiv 2202.02643). Layer l with N_l weights keeps
+    n_l of them, exactly, chosen uniformly at random; n_l comes from the allocation. The mask never changes.
+
+    Options:
+        sparsity: fraction of zeros over the sparse layers, in [0, 1). Default 0.9.
+        allocation: how the layers share it: "erk" (default, as the paper), "er", "uniform", "uniform+" (first layer
+            dense), or sparsities by layer-name glob. "global" and "lamp" rank by |w|, "global" random positions in
+            those layer densities.
+        pattern: "unstructured" (default), "N:M", "RxC", "channel", "column", "fan-in".
+        init: "fan-in" (default) multiplies each output unit's weights by sqrt(fan-in / kept fan-in), so that signals
+            keep their variance (Evci et al. 2022, arXiv 2010.03533, eq. 2); "dense" leaves the weights as they are:
+            use it for a trained network.
+
+    Raises AllocationError where a layer would keep nothing, PatternError where a layer does not fit the pattern.
+    """
+
+    name: ClassVar[str] = "static"
+    sparsity: float = 0.9
+    allocation: Rule = "erk"
+    pattern: str | Pattern = "unstructured"
+    init: str = "fan-in"
+
+    def __post_init__(self) -> None:
+        check_pattern(self.pattern)
+        check_sparsity(self.sparsity, self.pattern)
+        check_allocation(self.allocation)
+        if self.init not in ("fan-in", "dense"):
+            raise OptionError(f"init={self.init!r} must be 'fan-in' or 'dense'.")
+
+    def choose(self, sparse: Sparsifier) -> None:
+        magnitudes = {name: layer.weight().abs() for name, layer in sparse.layers.items()}
+        for name, counts in share(sparse.layers, self.sparsity, self.allocation, magnitudes).items():
+            layer = sparse.layers[name]
+            layer.rewire(layer.random(counts, sparse.generator))
+
+    def initialise(self, sparse: Sparsifier) -> None:
+        if self.init == "fan-in":
+            for layer in sparse.layers.values():
+                if not isinstance(layer.module, nn.Embedding | nn.EmbeddingBag):
+                    layer.scale_outputs(fan_in_gain(layer))
+
+
+def fan_in_gain(layer: Layer) -> torch.Tensor:
+    """Return sqrt(fan-in / kept fan-in) of every output unit; 1 where nothing is kept. Float [outputs]."""
+    kept = layer.mask().flatten(1).sum(dim=1)
+    return torch.where(kept > 0, (layer.numel / layer.shape[0] / kept.clamp(min=1)).sqrt(), 1.0)
