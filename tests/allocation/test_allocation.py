@@ -98,7 +98,7 @@ def test_the_budget_is_kept(shapes: dict[str, tuple[int, ...]], sparsity: float,
     except AllocationError:
         assert rule == "uniform+"
         first, last = (math.prod(list(shapes.values())[i]) for i in (0, -1))
-        least = first if len(shapes) == 1 else first + 0.2 * last
+        least = float(first) if len(shapes) == 1 else first + 0.2 * last
         assert (1 - sparsity) * size(shapes) <= least * (1 + 1e-9)
         return
     kept = sum(d * math.prod(shapes[name]) for name, d in found.items())
@@ -110,10 +110,10 @@ def test_the_budget_is_kept(shapes: dict[str, tuple[int, ...]], sparsity: float,
         if eps:  # capped layers would all go over 1
             assert all(eps[0] * ratio(rule, shapes[name]) >= 1 - 1e-9 for name in dense_layers(found))
     if rule == "uniform+" and sparsity:
-        first, *middle, last = found.values()
-        assert first == 1 and last >= 0.2
-        assert len({*middle}) <= 1
-        assert last == 0.2 or not middle or last == middle[0]
+        of_first, *between, of_last = found.values()
+        assert of_first == 1 and of_last >= 0.2
+        assert len({*between}) <= 1
+        assert of_last == 0.2 or not between or of_last == between[0]
 
 
 @settings(max_examples=60, deadline=None)
@@ -222,7 +222,7 @@ def test_global_counts_agree_with_topk(sparsity: float) -> None:
     top = torch.topk(flat, math.floor((1 - sparsity) * flat.numel() + 0.5)).indices
     kept = torch.zeros_like(flat, dtype=torch.bool).index_fill_(0, top, True)
     found = global_counts(scores, sparsity)
-    parts = kept.split([s.numel() for s in scores.values()])
+    parts = torch.split(kept, [s.numel() for s in scores.values()])
     assert list(found.values()) == [int(part.sum()) for part in parts]
     for part, (name, s) in zip(parts, scores.items(), strict=True):
         assert torch.equal(Unstructured().project(s, found[name]).flatten(), part)

@@ -98,11 +98,10 @@ def group_labels(pattern: Pattern, shape: tuple[int, ...]) -> tuple[torch.Tensor
 
 @pytest.mark.parametrize(("pattern", "shape"), SMALL, ids=label)
 def test_obeys_agrees_with_the_definition_on_every_mask(pattern: Pattern, shape: tuple[int, ...]) -> None:
+    masks: Iterator[torch.Tensor] = all_masks(shape)
     if math.prod(shape) > 8:
-        shape_masks = (torch.rand(shape) < p for p in (0.2, 0.5, 0.9) for _ in range(100))
-    else:
-        shape_masks = all_masks(shape)
-    for mask in shape_masks:
+        masks = (torch.rand(shape) < p for p in (0.2, 0.5, 0.9) for _ in range(100))
+    for mask in masks:
         assert pattern.obeys(mask) == obeys_by_definition(pattern, mask), mask
     assert pattern.obeys(torch.zeros(shape, dtype=torch.bool))
 

@@ -140,7 +140,7 @@ def global_counts(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, in
         raise OptionError(f"scores hold NaN in {', '.join(undefined)}; look for a loss or weights that are not finite")
     device = next(iter(scores.values())).device
     chosen = select_k(torch.cat([t.detach().reshape(-1).to(device) for t in scores.values()]), total)
-    return {name: int(part.sum()) for name, part in zip(sizes, chosen.split(list(sizes.values())), strict=True)}
+    return {name: int(part.sum()) for name, part in zip(sizes, torch.split(chosen, list(sizes.values())), strict=True)}
 
 
 def _total(sizes: Mapping[str, int], sparsity: float) -> int:

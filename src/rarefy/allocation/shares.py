@@ -50,11 +50,11 @@ def uniform_plus(shapes: Shapes, density: float) -> dict[str, float]:
         fixed[others[-1]] = LAST_LAYER_DENSITY
     shared = _shared(sizes, budget, fixed)
     if shared <= 0.0:
-        least = sum(d * sizes[name] for name, d in fixed.items())
+        total, least = sum(sizes.values()), sum(d * sizes[name] for name, d in fixed.items())
         given = " and ".join(f"{name} {list(shapes[name])} at density {d:g}" for name, d in fixed.items())
         raise AllocationError(
-            f"uniform+ cannot keep {density:g} of {sum(sizes.values())} weights ({budget:.0f}): {given} alone "
-            f"keep {least:.0f}; ask for a sparsity below {1 - least / sum(sizes.values()):.4f} or use 'erk' or 'uniform'"
+            f"uniform+ cannot keep {density:g} of {total} weights ({budget:.0f}): {given} alone keep "
+            f"{least:.0f}; ask for a sparsity below {1 - least / total:.4f} or use 'erk' or 'uniform'"
         )
     return {name: fixed.get(name, shared) for name in sizes}
 

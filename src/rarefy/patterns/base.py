@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import BoolTensor, Tensor
@@ -52,6 +53,9 @@ class Pattern(ABC):
     else is done here.
     """
 
+    least_dims: ClassVar[int] = 2
+    """The fewest dimensions that a weight must have."""
+
     @abstractmethod
     def __str__(self) -> str:
         """Short text that `parse_pattern` reads back."""
@@ -61,7 +65,7 @@ class Pattern(ABC):
         """How a weight of this (fitting) shape is cut."""
 
     def _misfit(self, shape: tuple[int, ...]) -> str | None:
-        """Say why a weight of this shape, with two dimensions or more, cannot be cut, and the mend; None if it can."""
+        """Say why a weight of this shape, with dimensions enough, cannot be cut, and the mend; None if it can."""
         return None
 
     @property
@@ -89,8 +93,8 @@ class Pattern(ABC):
         shape = tuple(shape)
         if math.prod(shape) == 0:
             problem: str | None = "the weight is empty; exclude this layer"
-        elif len(shape) < 2:
-            problem = f"{self} needs two dimensions or more; exclude this layer or use 'unstructured'"
+        elif len(shape) < self.least_dims:
+            problem = f"{self} needs {self.least_dims} dimensions or more; exclude this layer or use 'unstructured'"
         else:
             problem = self._misfit(shape)
         if problem:
@@ -238,7 +242,8 @@ class Pattern(ABC):
         if smallest < 0 or largest > units:
             wrong = smallest if smallest < 0 else largest
             raise OptionError(f"{name} {shape}: cannot keep {wrong} of the {units} units in a group of {self}")
-        self._check_keep(smallest, largest, name, shape)
+        if problem := self._miscount(smallest, largest):
+            raise PatternError(f"{name} {shape}: {problem}")
         try:
             chosen = select_k(self.pool(scores), keep)
         except OptionError as error:
@@ -268,8 +273,9 @@ class Pattern(ABC):
     def _obeyed_by(self, kept: Tensor, unit_size: int) -> bool:
         """Tell whether kept weights per unit [G, U] are allowed."""
 
-    def _check_keep(self, smallest: int, largest: int, name: str, shape: list[int]) -> None:
-        """Raise where keeping between `smallest` and `largest` units per group breaks the pattern."""
+    def _miscount(self, smallest: int, largest: int) -> str | None:
+        """Say why keeping from `smallest` to `largest` units in a group breaks the pattern; None if it does not."""
+        return None
 
     def _checked_fold(self, shape: Sequence[int]) -> Fold:
         self.check(shape)

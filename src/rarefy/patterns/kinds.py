@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -26,13 +27,10 @@ class Unstructured(Pattern):
                 [ True, False]])
     """
 
+    least_dims: ClassVar[int] = 1
+
     def __str__(self) -> str:
         return "unstructured"
-
-    def check(self, shape: Sequence[int], name: str = "weight") -> None:
-        """Raise `PatternError` where the weight has no entries; every other shape fits."""
-        if math.prod(shape) == 0:
-            raise PatternError(f"{name} {list(shape)}: the weight is empty; exclude this layer")
 
     def _fold(self, shape: tuple[int, ...]) -> Fold:
         return Fold(split=(math.prod(shape),), groups=(), units=(0,))
@@ -119,9 +117,8 @@ class NM(Pattern):
         split = (*shape[:d], shape[d] // self.m, self.m, *shape[d + 1 :])
         return Fold(split, groups=tuple(axis for axis in range(len(split)) if axis != d + 1), units=(d + 1,))
 
-    def _check_keep(self, smallest: int, largest: int, name: str, shape: list[int]) -> None:
-        if largest > self.n:
-            raise PatternError(f"{name} {shape}: keeping {largest} in a group does not obey {self}; keep {self.n}")
+    def _miscount(self, smallest: int, largest: int) -> str | None:
+        return f"keeping {largest} in a group does not obey {self}; keep {self.n}" if largest > self.n else None
 
     def _obeyed_by(self, kept: Tensor, unit_size: int) -> bool:
         return bool((kept.sum(1) <= self.n).all())
@@ -242,11 +239,10 @@ class FanIn(Pattern):
     def _fold(self, shape: tuple[int, ...]) -> Fold:
         return Fold(shape, groups=(0,), units=tuple(range(1, len(shape))))
 
-    def _check_keep(self, smallest: int, largest: int, name: str, shape: list[int]) -> None:
-        if smallest != largest:
-            raise PatternError(
-                f"{name} {shape}: keep runs from {smallest} to {largest}; constant fan-in needs one number for all rows"
-            )
+    def _miscount(self, smallest: int, largest: int) -> str | None:
+        if smallest == largest:
+            return None
+        return f"keep runs from {smallest} to {largest}; constant fan-in needs one number for all rows"
 
     def _obeyed_by(self, kept: Tensor, unit_size: int) -> bool:
         in_row = kept.sum(1)
