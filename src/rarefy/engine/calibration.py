@@ -18,13 +18,12 @@ if TYPE_CHECKING:
 
 def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
     """The default loss: mean cross-entropy of `model(x)` and the labels y of a batch (x, y)."""
-    try:
-        x, y = batch
-    except (TypeError, ValueError):
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
         raise OptionError(
             f"A calibration batch must be a pair (x, y), not {type(batch).__name__}; for anything else pass "
             "loss=lambda model, batch: ..."
-        ) from None
+        )
+    x, y = batch
     loss: Tensor = F.cross_entropy(model(x), y)
     return loss
 

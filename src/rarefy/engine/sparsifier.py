@@ -19,14 +19,13 @@ from rarefy.engine.masked import MaskedLayer
 from rarefy.engine.method import Method
 from rarefy.engine.optimizer_state import Optimizers
 from rarefy.engine.selection import LeftOut, Selector, find_targets
+from rarefy.engine.state import FORMAT, check_plain_parts, plain
 from rarefy.engine.summary import Row, Summary
 from rarefy.errors import OptionError, StateError, nearest
 from rarefy.metrics.flops import flops
 from rarefy.patterns import Pattern, parse_pattern
 
 STORAGES = {"masked": MaskedLayer}
-_FORMAT = 1
-
 Loss = Callable[[nn.Module, Any], Tensor]
 
 
@@ -244,9 +243,9 @@ class Sparsifier:
         index = {name: i for i, name in enumerate(self.layers)}
         rows = [[e.step, index[e.layer], e.dropped, e.grown, e.kept] for e in self.events]
         return {
-            "format": _FORMAT,
+            "format": FORMAT,
             "method": self.method.name,
-            "options": {k: _plain(v) for k, v in self.method.options().items()},
+            "options": {k: plain(v) for k, v in self.method.options().items()},
             "total_steps": self.total_steps,
             "seed": self.seed,
             "step": self.step_count,
@@ -278,35 +277,25 @@ class Sparsifier:
         self._prepare_next_step()
 
     def _check_state(self, state: dict[str, Any]) -> None:
-        if not isinstance(state, dict) or state.get("format") != _FORMAT:
+        if not isinstance(state, dict) or state.get("format") != FORMAT:
             raise StateError("This is not a sparsifier's state, or it was written by another version of rarefy.")
-        missing = {"events", "memory", "generator", "kept_steps", "dense_gradient_steps", "step", "seed"} - state.keys()
-        if missing:
-            raise StateError(f"The saved state is incomplete: it lacks {', '.join(sorted(missing))}.")
-        mine = {k: _plain(v) for k, v in self.method.options().items()} | {"total_steps": self.total_steps}
-        saved = {**state.get("options", {}), "total_steps": state.get("total_steps")}
-        if state.get("method") != self.method.name:
-            raise StateError(f"The state is of method {state.get('method')!r}, this sparsifier's is {self.method.name!r}.")
+        check_plain_parts(state, len(self.layers), self.generator)
+        mine = {k: plain(v) for k, v in self.method.options().items()} | {"total_steps": self.total_steps}
+        saved = {**state["options"], "total_steps": state["total_steps"]}
+        if state["method"] != self.method.name:
+            raise StateError(f"The state is of method {state['method']!r}, this sparsifier's is {self.method.name!r}.")
         for option in mine.keys() | saved.keys():
             if mine.get(option) != saved.get(option):
                 raise StateError(
                     f"{self.method.name}: option {option} was {saved.get(option)!r} when the state was saved and is "
                     f"{mine.get(option)!r} now. Make the sparsifier with the same options."
                 )
-        layers = state.get("layers")
-        if not isinstance(layers, dict) or list(layers) != list(self.layers):
-            odd = set(layers or ()) ^ set(self.layers)
+        layers = state["layers"]
+        if list(layers) != list(self.layers) or list(state["kept_steps"]) != list(self.layers):
+            odd = set(layers) ^ set(self.layers)
             raise StateError(f"The state is of another model: these layers differ: {', '.join(sorted(odd)) or 'their order'}.")
         for name, layer in self.layers.items():
             layer.check_state(layers[name])
-
-
-def _plain(value: Any) -> Any:
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, list | tuple) else str(value)
 
 
 def _check_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
