@@ -68,18 +68,20 @@ template <class T> std::size_t count(const T* x, std::size_t n, Key<T> t) {
 template <class T> struct BlockCounts { Key<T> from_hi = 0, at_hi = 0, at_lo = 0, nan = 0; };
 
 template <class T>
-inline BlockCounts<T> flag_block(const T* x, Key<T> lo, Key<T> hi, std::uint8_t* from_hi, std::uint8_t* inside) {
-    BlockCounts<T> c;
+inline BlockCounts<T> flag_block(const T* __restrict x, Key<T> lo, Key<T> hi, std::uint8_t* __restrict from_hi,
+                                 std::uint8_t* __restrict inside) {
+    Key<T> nan = 0, count = 0, at_hi = 0, at_lo = 0;
     for (std::size_t i = 0; i < block; ++i) {
         const Key<T> bits = bits_of(x + i), key = key_of<T>(bits);
-        c.nan |= magnitude<T>(bits) > infinity_bits<T> ? Key<T>{1} : Key<T>{0};
-        c.from_hi += key >= hi ? Key<T>{1} : Key<T>{0};
-        c.at_hi += key == hi ? Key<T>{1} : Key<T>{0};
-        c.at_lo += key == lo ? Key<T>{1} : Key<T>{0};
-        from_hi[i] = key >= hi ? 1 : 0;
-        inside[i] = (key > lo && key < hi) ? 1 : 0;
+        const Key<T> from = key >= hi ? Key<T>{1} : Key<T>{0}, over = key > lo ? Key<T>{1} : Key<T>{0};
+        nan |= magnitude<T>(bits) > infinity_bits<T> ? Key<T>{1} : Key<T>{0};
+        count += from;
+        at_hi += key == hi ? Key<T>{1} : Key<T>{0};
+        at_lo += key == lo ? Key<T>{1} : Key<T>{0};
+        from_hi[i] = static_cast<std::uint8_t>(from);
+        inside[i] = static_cast<std::uint8_t>(over & ~from);  // no && here: a branch would keep the loop from vector code
     }
-    return c;
+    return {count, at_hi, at_lo, nan};
 }
 
 template <class T>

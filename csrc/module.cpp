@@ -1,4 +1,5 @@
-// The Python face of the native core. Tensors come in as DLPack buffers: nothing of torch is linked or included.
+// The Python face of the native core. Tensors come in as NumPy views of their memory (nanobind takes any DLPack buffer; NumPy's is
+// the quickest to get, 1 us against 4): nothing of torch is linked or included.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>

@@ -28,7 +28,7 @@ def pack_mask(mask: Tensor) -> Tensor:
     if mask.device.type != "cpu":
         return reference.pack_mask(mask)
     bits = torch.empty((mask.numel() + 7) // 8, dtype=torch.uint8)
-    native.pack_mask(mask.detach().contiguous().view(torch.uint8).view(-1), bits, threads())
+    native.pack_mask(mask.contiguous().view(torch.uint8).view(-1).numpy(), bits.numpy(), threads())
     return bits
 
 
@@ -50,5 +50,5 @@ def unpack_mask(bits: Tensor, shape: Sequence[int]) -> Tensor:
     if bits.device.type != "cpu":
         return reference.unpack_mask(bits, shape)
     mask = torch.empty(n, dtype=torch.bool)
-    native.unpack_mask(bits.contiguous(), mask.view(torch.uint8), threads())
+    native.unpack_mask(bits.contiguous().numpy(), mask.view(torch.uint8).numpy(), threads())
     return mask.view(tuple(shape))

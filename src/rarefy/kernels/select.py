@@ -13,7 +13,7 @@ def select_k(scores: Tensor, k: int | Tensor) -> Tensor:
     """Mark the k largest scores: exactly k entries are True, and among equal scores the lowest index wins.
 
     `scores` is [n] or [rows, n] (every row by itself), float32, float64, bfloat16 or float16, contiguous or not, on any
-    device. `k` is an int in [0, n], or an int64 tensor [rows] with one k per row. Returns bool of the shape of `scores`.
+    device. `k` is an int in [0, n], or an int64 tensor [rows] with one k per row. Returns bool of the scores' shape.
     Infinities are allowed and -0.0 equals 0.0. The result depends neither on the device nor on the number of threads.
     Raises OptionError for a k outside [0, n], for scores of another dtype or rank, and for scores that hold NaN.
 
@@ -32,7 +32,7 @@ def select_k(scores: Tensor, k: int | Tensor) -> Tensor:
     if scores.device.type == "cpu":
         wide = rows if rows.dtype == torch.float64 else rows.float()
         mask = torch.empty(rows.shape, dtype=torch.bool)
-        if native.select_k(wide.contiguous(), counts, mask.view(torch.uint8), threads()):
+        if native.select_k(wide.contiguous().numpy(), counts.numpy(), mask.view(torch.uint8).numpy(), threads()):
             raise _nan(scores)
         return mask.view(scores.shape)
     if bool(rows.isnan().any()):
@@ -43,7 +43,11 @@ def select_k(scores: Tensor, k: int | Tensor) -> Tensor:
 def _counts(rows: Tensor, k: int | Tensor) -> Tensor:
     """Return k as a checked int64 tensor on the CPU, of one entry or one per row."""
     counts = torch.as_tensor(k)
-    if counts.is_floating_point() or counts.dtype == torch.bool or (counts.dim() > 0 and counts.shape != rows.shape[:1]):
+    if (
+        counts.is_floating_point()
+        or counts.dtype == torch.bool
+        or (counts.dim() > 0 and counts.shape != rows.shape[:1])
+    ):
         raise OptionError(f"k must be a whole number or one per row (int64 of shape [{rows.shape[0]}]); it is {k!r}")
     counts = counts.to("cpu", torch.int64).reshape(-1).contiguous()
     wrong = counts[(counts < 0) | (counts > rows.shape[1])]

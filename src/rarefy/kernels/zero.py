@@ -9,7 +9,12 @@ from rarefy.errors import OptionError
 from rarefy.kernels import reference
 from rarefy.kernels.native import native, threads
 
-_BITS = {torch.float32: torch.uint32, torch.float64: torch.uint64, torch.bfloat16: torch.uint16, torch.float16: torch.uint16}
+_BITS = {
+    torch.float32: torch.uint32,
+    torch.float64: torch.uint64,
+    torch.bfloat16: torch.uint16,
+    torch.float16: torch.uint16,
+}
 
 
 def apply_mask_(weight: Tensor, mask: Tensor) -> Tensor:
@@ -24,12 +29,12 @@ def apply_mask_(weight: Tensor, mask: Tensor) -> Tensor:
     """
     if mask.dtype != torch.bool or mask.shape != weight.shape or mask.device != weight.device:
         raise OptionError(
-            f"the mask of a weight of shape {list(weight.shape)} on {weight.device} must be bool, of that shape and there; "
-            f"this one is {mask.dtype} of shape {list(mask.shape)} on {mask.device}"
+            f"the mask of a weight of shape {list(weight.shape)} on {weight.device} must be bool, "
+            f"of that shape and on that device; this one is {mask.dtype} of shape {list(mask.shape)} on {mask.device}"
         )
     with torch.no_grad():
         if weight.device.type != "cpu" or weight.dtype not in _BITS or not weight.is_contiguous():
             return reference.apply_mask_(weight, mask)
         flat = weight.detach().view(-1).view(_BITS[weight.dtype])
-        native.zero_out(flat, mask.contiguous().view(-1).view(torch.uint8), threads())
+        native.zero_out(flat.numpy(), mask.contiguous().view(-1).view(torch.uint8).numpy(), threads())
     return weight

@@ -1,0 +1,72 @@
+# make demo   train a small network with every method and write runs/demo/report.html
+# make test   everything that checks the project
+# make native rebuild the C++ core after an edit in csrc/
+# Both of the first two work from a fresh clone: Python 3.11+, pip and a C++ compiler are all they need.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check --no-input
+TORCH  := $(shell sed -n 's/^torch==//p' constraints.txt)
+# The package builds with these as they are in the environment, so that an edit in csrc/ can be rebuilt in place.
+BUILD_TOOLS := scikit-build-core nanobind cmake ninja
+INSTALL := $(PIP) install --quiet --constraint constraints.txt
+INPUTS  := pyproject.toml constraints.txt CMakeLists.txt
+
+.NOTPARALLEL:
+.PHONY: help demo test lint native bench chromium clean
+
+help:
+	@sed -n 's/^# //p' Makefile | head -4
+
+demo: $(VENV)/.installed native
+	$(BIN)/rarefy demo
+
+test: $(VENV)/.installed-dev native chromium lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.installed native
+	$(BIN)/python benchmarks/bitpack_and_select.py
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "rarefy needs Python 3.11 or newer; '$(PYTHON)' is not. Try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch goes first and by its own line, so that what follows keeps the build that this machine's pip chose for it.
+$(VENV)/.tools: $(VENV)/bin/python constraints.txt
+	@for compiler in "$${CXX:-}" c++ g++ clang++; do \
+	  if [ -n "$$compiler" ] && command -v $$compiler >/dev/null; then exit 0; fi; done; \
+	  echo "rarefy's native core needs a C++ compiler (g++ or clang++); none was found. On Debian: apt-get install g++" >&2; exit 1
+	$(PIP) install --quiet torch==$(TORCH)
+	$(INSTALL) $(BUILD_TOOLS)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.tools $(INPUTS)
+	$(INSTALL) --no-build-isolation --editable '.[demo]'
+	@touch $@
+
+# The same with the tools that check the project, and with C++ warnings as errors; then: did anything replace torch, or want to?
+$(VENV)/.installed-dev: $(VENV)/.tools $(INPUTS)
+	SKBUILD_CMAKE_DEFINE=RAREFY_WERROR=ON $(INSTALL) --no-build-isolation --editable '.[dev]'
+	@$(BIN)/python -c 'import torch; have = torch.__version__.split("+")[0]; assert have == "$(TORCH)", f"torch is {have}, not $(TORCH)"'
+	@$(PIP) install --dry-run --constraint constraints.txt --no-build-isolation '.[dev]' | grep '^Would install' | \
+	  grep -i ' torch-' && { echo "installing rarefy again would replace torch" >&2; exit 1; } || true
+	@touch $@ $(VENV)/.installed
+
+# Also serves an environment that was made by hand: it only needs the package's build folder, and makes it where missing.
+native:
+	@if [ -f build/editable/build.ninja ]; then $(BIN)/cmake --build build/editable; \
+	else $(PIP) install --no-build-isolation --no-deps --editable .; fi
+
+chromium:
+	@bash .ci/chromium
+
+clean:
+	rm -rf build $(VENV) src/rarefy/kernels/*.so
