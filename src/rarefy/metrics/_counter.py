@@ -41,7 +41,7 @@ RECURRENT: tuple[Callable[..., Any], ...] = (nn.RNN.forward, nn.LSTM.forward, nn
 
 
 def attention_products(query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...]) -> int:
-    """Return the multiply-adds of Q K^T and A V for shapes [..., heads, length, size] (causal ones are counted whole)."""
+    """Return the multiply-adds of Q K^T and A V for shapes [..., heads, length, size]; causal ones whole."""
     *lead, length, size = query
     return prod(lead) * length * key[-2] * (size + value[-1])
 
@@ -187,7 +187,7 @@ class OpMode(TorchDispatchMode):
 
 
 class AttentionMode(TorchFunctionMode):
-    """Count `F.scaled_dot_product_attention` from the shapes the user gave: back ends pad and split them differently."""
+    """Count `F.scaled_dot_product_attention` from the shapes the user gave: back ends pad and split them."""
 
     def __init__(self, tally: Tally) -> None:
         super().__init__()

@@ -35,12 +35,12 @@ def first_names(model: nn.Module) -> dict[int, str]:
 
 
 def public_names(model: nn.Module) -> dict[str, str]:
-    """Map "layer.weight" to "layer.parametrizations.weight.original" for weights with a shape-keeping parametrisation."""
+    """Map "layer.weight" to "layer.parametrizations.weight.original" where a parametrisation keeps the shape."""
     found = {}
     for prefix, module in model.named_modules():
         if not parametrize.is_parametrized(module):
             continue
-        for tensor, chain in module.parametrizations.items():  # type: ignore[union-attr, operator]
+        for tensor, chain in module.parametrizations.items():
             original = getattr(chain, "original", None)
             if isinstance(original, nn.Parameter) and original.shape == getattr(module, tensor).shape:
                 dot = f"{prefix}." if prefix else ""
@@ -68,7 +68,8 @@ def fit(model: nn.Module, masks: Masks | None) -> Fitted:
         check_bool(name, mask)
         if mask.shape != parameter.shape:
             raise OptionError(
-                f"the mask of {name!r} has shape {tuple(mask.shape)}, its parameter {tuple(parameter.shape)}; they must be equal"
+                f"the mask of {name!r} has shape {tuple(mask.shape)}, its parameter {tuple(parameter.shape)}; "
+                "they must be equal"
             )
         owner = first[id(parameter)]
         if owner in kept and not torch.equal(kept[owner], mask):

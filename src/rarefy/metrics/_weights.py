@@ -1,4 +1,4 @@
-"""Recognise a parameter, or any view or cast of it, among the arguments of an operation, with its mask in the same view."""
+"""Recognise a parameter, or a view or cast of it, among the arguments of an operation, and its mask in that view."""
 
 from __future__ import annotations
 

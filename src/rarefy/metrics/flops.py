@@ -83,12 +83,12 @@ class FlopsReport:
 def flops(model: nn.Module, example_input: Any, masks: Masks | None = None, *, batch: int | None = None) -> FlopsReport:
     """Count the forward FLOPs of one sample, dense and with `masks`.
 
-    The model runs once, in eval mode and without gradients, and is left as it was (training flags, buffers, random state,
-    masks, hooks). One multiply-add is 2 FLOPs. Counted are matrix products, convolutions (groups, stride, padding,
-    dilation, transposed), attention (projections with their masks; Q K^T and A V dense, causal ones whole) and recurrent
-    layers; a weight that is used several times is counted each time. Not counted, by definition: biases, element-wise
-    operations, normalisation, pooling, look-ups (embeddings cost 0). A weight of 2 or more dimensions that meets any other
-    operation is named in `report.not_counted`.
+    The model runs once, in eval mode and without gradients, and is left as it was (training flags, buffers, random
+    state, masks, hooks). One multiply-add is 2 FLOPs. Counted are matrix products, convolutions (groups, stride,
+    padding, dilation, transposed), attention (projections with their masks; Q K^T and A V dense, causal ones whole)
+    and recurrent layers; a weight that is used several times is counted each time. Not counted, by definition:
+    biases, element-wise operations, normalisation, pooling, look-ups (embeddings cost 0). A weight of 2 or more
+    dimensions that meets any other operation is named in `report.not_counted`.
 
     A kept weight costs one multiply-add per position: a Linear layer 2 * kept * rows, a convolution 2 * kept * output
     positions (RigL, Evci et al. 2020, appendix H, counts the same products). Padding zeros are counted, as PyTorch's

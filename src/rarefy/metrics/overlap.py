@@ -48,7 +48,7 @@ class Overlap:
 
     @property
     def expected_jaccard(self) -> float:
-        """Jaccard index at the expected intersection of random masks (the mean itself, in the limit of large layers)."""
+        """Jaccard index at the expected intersection of random masks (their mean, for large layers)."""
         union = self.kept_a + self.kept_b - self.expected_both
         return self.expected_both / union if union else 1.0
 

@@ -25,7 +25,7 @@ class ParameterCount(NamedTuple):
 
 
 class StorageBytes(NamedTuple):
-    """Bytes of a model's parameters, stored dense, as bit mask and kept values, as CSR, or each tensor as it is smallest."""
+    """Bytes of a model's parameters: dense, as bit mask and kept values, as CSR, each tensor as it is smallest."""
 
     dense: int
     bitmask: int
@@ -58,7 +58,7 @@ def parameters(model: nn.Module, masks: Masks | None = None) -> ParameterCount:
 
 
 def csr_bytes(shape: tuple[int, ...], kept: int, value_bytes: int, index_bytes: int | None = 4) -> int:
-    """Return the bytes of a CSR matrix: kept values and column indices, and one 4-byte row pointer per row and one more.
+    """Return the bytes of a CSR matrix: kept values, their column indices, and rows + 1 row pointers of 4 bytes.
 
     The tensor is seen as [first dimension, all others]; a 1-D one as a single row.
 

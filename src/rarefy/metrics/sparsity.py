@@ -12,7 +12,7 @@ from rarefy.patterns import NM, FanIn, Pattern, parse_pattern
 
 
 def kept(tensor: torch.Tensor) -> int:
-    """Return how many entries are kept: True in a mask, not exactly zero in any other tensor (-0.0 is zero, NaN is not)."""
+    """Return how many entries are kept: True in a mask, not exactly zero in a weight (-0.0 is zero, NaN is not)."""
     return int(tensor.count_nonzero())
 
 

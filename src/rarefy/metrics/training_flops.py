@@ -52,9 +52,9 @@ def training_flops(
 
     For one sample and one step a layer with `kept` weights, each used at `p` positions, costs
     forward f = 2 * kept * p, gradient of the input f, gradient of the weight f; on a step whose dense gradient was
-    needed the last is 2 * size * p (RigL, Evci et al. 2020, section 3 and appendix H: backward is twice forward). Layers
-    without an entry in `cost` and products without weights (attention) count as dense, 3 f. The weight gradient of the
-    other steps uses the mean number of kept weights: exact where that number is constant, or where all or no steps
+    needed the last is 2 * size * p (RigL, Evci et al. 2020, appendix H: backward is twice forward). Layers without an
+    entry in `cost` and products without weights (attention) count as dense, 3 f. The weight gradient of the other
+    steps uses the mean number of kept weights: exact where that number is constant, or where all or no steps
     needed the dense gradient, as in every method of dst-core.
 
     This is the cost of a sparse implementation. A masked dense one spends the dense FLOPs whatever the masks are.
@@ -100,7 +100,7 @@ def training_flops(
 
 
 def dense_training_flops(f_dense: float) -> float:
-    """Return the FLOPs per sample and step of dense training, 3 f_D: forward once, backward twice (RigL, appendix H)."""
+    """Return the FLOPs per sample and step of dense training, 3 f_D: backward is twice forward (RigL, appendix H)."""
     return 3 * f_dense
 
 
@@ -113,7 +113,7 @@ def static_training_flops(f_sparse: float) -> float:
 
 
 def snfs_training_flops(f_sparse: float, f_dense: float) -> float:
-    """Return the FLOPs per sample and step of SNFS, 2 f_S + f_D: every step needs the dense gradient (RigL, appendix H)."""
+    """Return the FLOPs per sample and step of SNFS, 2 f_S + f_D: a dense gradient every step (RigL, appendix H)."""
     return 2 * f_sparse + f_dense
 
 
