@@ -133,6 +133,38 @@ def test_counts_are_exact(shapes: dict[str, tuple[int, ...]], sparsity: float, r
         assert sum(kept.values()) == math.floor((1 - sparsity) * size(shapes) + 0.5)
 
 
+@settings(max_examples=60, deadline=None)
+@given(shapes=SHAPES, sparsity=st.floats(0.01, 0.995), rule=st.sampled_from(["er", "erk"]))
+def test_capping_finds_the_one_scale_that_fits(shapes: dict[str, tuple[int, ...]], sparsity: float, rule: str) -> None:
+    """d_l = min(1, eps r_l) has one solution for the budget; here by bisection."""
+    raw = {name: ratio(rule, shape) for name, shape in shapes.items()}
+    low, high = 0.0, 1 / min(raw.values())
+    for _ in range(200):
+        eps = (low + high) / 2
+        total = sum(min(1.0, eps * raw[name]) * math.prod(shape) for name, shape in shapes.items())
+        low, high = (eps, high) if total < (1 - sparsity) * size(shapes) else (low, eps)
+    expected = {name: min(1.0, high * r) for name, r in raw.items()}
+    assert densities(shapes, sparsity, rule) == pytest.approx(expected, rel=1e-6)
+
+
+def test_layers_with_nearly_equal_ratios_are_capped_one_by_one() -> None:
+    found = densities({"a": (10, 100), "b": (10, 101), "c": (1000, 1000)}, 1 - 20_200 / 1_002_010, "erk")
+    assert found["a"] == 1.0
+    assert found["b"] == pytest.approx(0.9996, abs=1e-4)
+
+
+@pytest.mark.parametrize("rule", ["uniform+", "er", "erk"])
+@pytest.mark.parametrize("sparsity", [0.5, 0.61, 0.73, 0.8])
+def test_the_largest_remainders_are_rounded_up(rule: str, sparsity: float) -> None:
+    shapes = resnet20()
+    kept, share = counts(shapes, sparsity, rule), densities(shapes, sparsity, rule)
+    exact = {name: share[name] * math.prod(shape) for name, shape in shapes.items() if share[name] < 1}
+    up = [x - math.floor(x) for name, x in exact.items() if kept[name] > math.floor(x)]
+    down = [x - math.floor(x) for name, x in exact.items() if kept[name] == math.floor(x)]
+    assert len(up) + len(down) == len(exact)
+    assert min(up, default=1.0) >= max(down, default=0.0)
+
+
 def test_equal_remainders_go_to_the_earlier_layer() -> None:
     assert counts({"a": (1, 3), "b": (1, 3), "c": (1, 3)}, 0.5, "erk") == {"a": 2, "b": 2, "c": 1}
 
