@@ -29,7 +29,7 @@ def test_incomplete_beta(a: float, b: float) -> None:
 def test_student_t(df: int) -> None:
     for t in (-50.0, -3.2, -1.0, -1e-6, 0.0, 1e-9, 0.2, 1.0, 2.776, 12.0, 400.0):
         assert student_t_cdf(t, df) == pytest.approx(scipy.stats.t.cdf(t, df), rel=1e-9)
-        assert student_t_tails(t, df) == pytest.approx(2 * scipy.stats.t.sf(abs(t), df), rel=1e-10)
+        assert student_t_tails(t, df) == pytest.approx(2 * scipy.stats.t.sf(abs(t), df), rel=1e-8)
         if df == 1:  # Cauchy: closed form, more exact than SciPy near 0
             assert student_t_cdf(t, 1) == pytest.approx(0.5 + math.atan(t) / math.pi, rel=1e-12)
     for p in (0.005, 0.3, 0.5, 0.8, 0.975, 0.9995):
