@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rarefy.report.console import print_leaderboard
 from rarefy.report.leaderboard import Difference, Row, leaderboard, write_table
+from rarefy.report.page import write_html
 from rarefy.report.reading import collect
 from rarefy.report.records import Comparison, Run
 
@@ -15,5 +16,6 @@ __all__ = [
     "collect",
     "leaderboard",
     "print_leaderboard",
+    "write_html",
     "write_table",
 ]

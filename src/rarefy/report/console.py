@@ -33,7 +33,8 @@ _COLUMNS: tuple[tuple[str, Callable[[Row], str], int], ...] = (
 def print_leaderboard(console: Console, rows: Sequence[Row], comparison: Comparison | None = None) -> None:
     """Print one table per sparsity, and with `comparison` its warnings and the runs that do not count.
 
-    Accuracy is mean and standard deviation over seeds; differences carry `*` where their 95 % interval excludes zero.
+    Accuracy is mean and standard deviation over seeds; differences to a baseline are paired by seed and carry `*` where
+    the t-test's p, corrected for the number of methods (Holm), is below 0.05.
     The best accuracy at each sparsity is bold. Columns that do not fit the terminal's width are left out and named.
     """
     shown = list(_COLUMNS)
@@ -53,6 +54,8 @@ def print_leaderboard(console: Console, rows: Sequence[Row], comparison: Compari
         bold = row.sparsity_asked is not None and row.accuracy is not None and row.accuracy == best
         table.add_row(*(Text(cell(row), style="bold" if bold and name == "accuracy %" else "") for name, cell, _ in shown))
     console.print(table)
+    if any(found and found.clear for row in rows for found in row.against.values()):
+        console.print(Text("* p < 0.05 in a t-test paired by seed, corrected for the number of methods", style="dim"))
     left_out = [name for name, _, _ in _COLUMNS if name not in {name for name, _, _ in shown}]
     if left_out:
         console.print(Text(f"(left out for the terminal's width: {', '.join(left_out)})", style="dim"))
@@ -64,7 +67,7 @@ def print_leaderboard(console: Console, rows: Sequence[Row], comparison: Compari
 
 
 def difference(found: Difference | None) -> str:
-    """Write a paired difference in points, with `*` where the 95 % interval excludes zero."""
+    """Write a paired difference in points, with `*` where it stands after correction."""
     return NONE if found is None else points(found.mean, sign=True) + ("*" if found.clear else "")
 
 

@@ -34,8 +34,8 @@ class Difference:
 
     @property
     def clear(self) -> bool:
-        """Whether the interval excludes zero."""
-        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+        """Whether the difference stands after the correction: `p_holm` below 0.05."""
+        return self.p_holm is not None and self.p_holm < 0.05
 
 
 @dataclass(frozen=True)
