@@ -36,16 +36,6 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 # Nets that take images of any size down to this one; the others have an option `image_size`, or take no images.
 _SMALLEST_IMAGE = {"vgg-19-bn": 16}
-_SIZES = (
-    "num_classes",
-    "in_channels",
-    "image_size",
-    "context",
-    "dim",
-    "depth",
-    "heads",
-    "patch",
-)
 
 
 def available() -> tuple[str, ...]:
@@ -63,16 +53,23 @@ def options(name: str) -> dict[str, Any]:
             f"no model is called {name!r}{nearest(str(name), _MODELS)}; known models: {', '.join(_MODELS)}"
         )
     parameters = inspect.signature(_MODELS[name]).parameters.values()
-    found = {
-        p.name: p.default
-        for p in parameters
-        if p.kind is p.KEYWORD_ONLY and p.name != "width"
-    }
-    return (
-        {**found, "image_size": None}
-        if "in_channels" in found and "image_size" not in found
-        else found
-    )
+    found = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "width"}
+    return {**found, "image_size": None} if "in_channels" in found and "image_size" not in found else found
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _misfit(value: Any, default: object) -> str | None:
+    """Return what is expected in place of `value`, told from the option's default, or None where it fits."""
+    if isinstance(default, bool):
+        return None if isinstance(value, bool) else "True or False"
+    if isinstance(default, float):
+        return None if _number(value) and 0 <= value < 1 else "a number in [0, 1)"
+    if isinstance(default, str):
+        return None  # the model knows its words
+    return None if _number(value) and isinstance(value, int) and value >= 1 else "a whole number of at least 1"
 
 
 def build(
@@ -90,42 +87,22 @@ def build(
     of side replace the model's own where given; `other` are options of that model alone (`rarefy.models.options(name)`
     lists them). Raises ModelError for an unknown name or option, and for numbers that the model cannot have.
 
-        model = rarefy.models.build("resnet-20", num_classes=100, shortcut="conv")
+    >>> from rarefy import models
+    >>> models.build("resnet-20", width=0.5, num_classes=100, shortcut="conv").fc
+    Linear(in_features=32, out_features=100, bias=True)
     """
     known = options(name)
-    if (
-        isinstance(width, bool)
-        or not isinstance(width, int | float)
-        or not math.isfinite(width)
-        or width <= 0
-    ):
-        raise ModelError(
-            f"width is {width!r}; expected a number above 0 (1 is the full net)"
-        )
-    common = {
-        "num_classes": num_classes,
-        "in_channels": in_channels,
-        "image_size": image_size,
-    }
-    given = {
-        **{key: value for key, value in common.items() if value is not None},
-        **other,
-    }
+    if not _number(width) or not math.isfinite(width) or width <= 0:
+        raise ModelError(f"width is {width!r}; expected a number above 0 (1 is the full net)")
+    common = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
+    given = {**{key: value for key, value in common.items() if value is not None}, **other}
     for key, value in given.items():
         if key not in known:
-            raise ModelError(
-                f"{name} has no option {key!r}{nearest(key, known)}; it has: {', '.join(known)}"
-            )
-        if key in _SIZES and (
-            isinstance(value, bool) or not isinstance(value, int) or value < 1
-        ):
-            raise ModelError(
-                f"{name}: {key} is {value!r}; expected a whole number of at least 1"
-            )
+            raise ModelError(f"{name} has no option {key!r}{nearest(key, known)}; it has: {', '.join(known)}")
+        if (expected := _misfit(value, known[key])) is not None:
+            raise ModelError(f"{name}: {key} is {value!r}; expected {expected}")
     if known.get("image_size", 0) is None:
         size, smallest = given.pop("image_size", None), _SMALLEST_IMAGE.get(name, 1)
         if size is not None and size < smallest:
-            raise ModelError(
-                f"{name} needs images of at least {smallest}x{smallest}, not {size}x{size}"
-            )
+            raise ModelError(f"{name} needs images of at least {smallest}x{smallest}, not {size}x{size}")
     return _MODELS[name](width=float(width), **given)

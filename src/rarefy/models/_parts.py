@@ -10,19 +10,9 @@ def scaled(units: int, width: float) -> int:
     return max(1, round(units * width))
 
 
-def conv(
-    in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1
-) -> nn.Conv2d:
+def conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
     """Return a convolution without bias that keeps the image size at stride 1 (odd `kernel`)."""
-    return nn.Conv2d(
-        in_channels,
-        out_channels,
-        kernel,
-        stride,
-        kernel // 2,
-        groups=groups,
-        bias=False,
-    )
+    return nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False)
 
 
 def he_init(model: nn.Module) -> None:

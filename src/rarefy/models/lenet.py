@@ -17,12 +17,7 @@ class LeNet300(nn.Module):
     """
 
     def __init__(
-        self,
-        *,
-        width: float = 1.0,
-        num_classes: int = 10,
-        in_channels: int = 1,
-        image_size: int = 28,
+        self, *, width: float = 1.0, num_classes: int = 10, in_channels: int = 1, image_size: int = 28
     ) -> None:
         super().__init__()
         first, second = scaled(300, width), scaled(100, width)
@@ -44,18 +39,11 @@ class LeNet5(nn.Module):
     """
 
     def __init__(
-        self,
-        *,
-        width: float = 1.0,
-        num_classes: int = 10,
-        in_channels: int = 1,
-        image_size: int = 28,
+        self, *, width: float = 1.0, num_classes: int = 10, in_channels: int = 1, image_size: int = 28
     ) -> None:
         super().__init__()
         if image_size < 16:
-            raise ModelError(
-                f"lenet-5 pools twice and needs images of at least 16x16, not {image_size}x{image_size}"
-            )
+            raise ModelError(f"lenet-5 pools twice and needs images of at least 16x16, not {image_size}x{image_size}")
         first, second, hidden = scaled(20, width), scaled(50, width), scaled(500, width)
         side = ((image_size - 4) // 2 - 4) // 2
         self.conv1 = nn.Conv2d(in_channels, first, 5)

@@ -7,40 +7,15 @@ from torch import Tensor, nn
 
 from rarefy.models._parts import conv, he_init, scaled
 
-V1 = (
-    (64, 1),
-    (128, 2),
-    (128, 1),
-    (256, 2),
-    (256, 1),
-    (512, 2),
-    *[(512, 1)] * 5,
-    (1024, 2),
-    (1024, 1),
-)
-V2 = (
-    (1, 16, 1, 1),
-    (6, 24, 2, 2),
-    (6, 32, 3, 2),
-    (6, 64, 4, 2),
-    (6, 96, 3, 1),
-    (6, 160, 3, 2),
-    (6, 320, 1, 1),
-)
+V1 = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1))
+V2 = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
 
 
 def _unit(
-    in_channels: int,
-    out_channels: int,
-    kernel: int,
-    activation: type[nn.Module],
-    stride: int = 1,
-    groups: int = 1,
+    in_channels: int, out_channels: int, kernel: int, activation: type[nn.Module], stride: int = 1, groups: int = 1
 ) -> nn.Sequential:
     return nn.Sequential(
-        conv(in_channels, out_channels, kernel, stride, groups),
-        nn.BatchNorm2d(out_channels),
-        activation(),
+        conv(in_channels, out_channels, kernel, stride, groups), nn.BatchNorm2d(out_channels), activation()
     )
 
 
@@ -50,9 +25,7 @@ class MobileNetV1(nn.Module):
     Input float [batch, in_channels, height, width] of any size, output logits [batch, num_classes].
     """
 
-    def __init__(
-        self, *, width: float = 1.0, num_classes: int = 1000, in_channels: int = 3
-    ) -> None:
+    def __init__(self, *, width: float = 1.0, num_classes: int = 1000, in_channels: int = 3) -> None:
         super().__init__()
         current = scaled(32, width)
         self.features = nn.Sequential(_unit(in_channels, current, 3, nn.ReLU, 2))
@@ -71,14 +44,7 @@ class MobileNetV1(nn.Module):
 class InvertedResidual(nn.Module):
     """Widen `expand` times, filter each channel, narrow linearly (figure 3b of V2); add the input where `residual`."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        expand: int,
-        stride: int,
-        residual: bool,
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, expand: int, stride: int, residual: bool) -> None:
         super().__init__()
         hidden = in_channels * expand
         self.residual = residual
@@ -101,12 +67,7 @@ class MobileNetV2(nn.Module):
     """
 
     def __init__(
-        self,
-        *,
-        width: float = 1.0,
-        num_classes: int = 1000,
-        in_channels: int = 3,
-        dropout: float = 0.2,
+        self, *, width: float = 1.0, num_classes: int = 1000, in_channels: int = 3, dropout: float = 0.2
     ) -> None:
         super().__init__()
         current, last = scaled(32, width), scaled(1280, width)
@@ -114,19 +75,14 @@ class MobileNetV2(nn.Module):
         for expand, channels, repeats, stride in V2:
             wider = scaled(channels, width)
             for i in range(repeats):
-                self.features.append(
-                    InvertedResidual(
-                        current, wider, expand, stride if i == 0 else 1, i > 0
-                    )
-                )
+                self.features.append(InvertedResidual(current, wider, expand, stride if i == 0 else 1, i > 0))
                 current = wider
         self.features.append(_unit(current, last, 1, nn.ReLU6))
-        self.classifier = nn.Sequential(
-            nn.Dropout(dropout), nn.Linear(last, num_classes)
-        )
+        head = nn.Linear(last, num_classes)
+        nn.init.normal_(head.weight, std=0.01)
+        nn.init.zeros_(head.bias)
+        self.classifier = nn.Sequential(nn.Dropout(dropout), head)
         he_init(self)
-        nn.init.normal_(self.classifier[1].weight, std=0.01)  # type: ignore[arg-type]
-        nn.init.zeros_(self.classifier[1].bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(F.adaptive_avg_pool2d(self.features(x), 1).flatten(1))

@@ -68,16 +68,10 @@ def _surgery(model: str, name: str, digest: str, accuracy: float) -> Published:
 
 PUBLISHED: dict[str, Published] = {
     "resnet-20-cifar10": _cifar(
-        20,
-        "12fca82f",
-        "12fca82f0bebc4135bf1f32f6e3710e61d5108578464b84fd6d7f5c1b04036c8",
-        0.9173,
+        20, "12fca82f", "12fca82f0bebc4135bf1f32f6e3710e61d5108578464b84fd6d7f5c1b04036c8", 0.9173
     ),
     "resnet-56-cifar10": _cifar(
-        56,
-        "4bfd9763",
-        "4bfd97631478d6b638d2764fd2baff3edb1d7d82252d54439343b6596b9b5367",
-        0.9339,
+        56, "4bfd9763", "4bfd97631478d6b638d2764fd2baff3edb1d7d82252d54439343b6596b9b5367", 0.9339
     ),
     "lenet-300-100-mnist": _surgery(
         "lenet-300-100",
@@ -92,16 +86,10 @@ PUBLISHED: dict[str, Published] = {
         0.9801,
     ),
     "lenet-5-mnist": _surgery(
-        "lenet-5",
-        "lenet5_original",
-        "55a2706da1c2403b7ebedc47cb363a8dc9f99046879f7ab5f61a10f32a34ed4d",
-        0.9909,
+        "lenet-5", "lenet5_original", "55a2706da1c2403b7ebedc47cb363a8dc9f99046879f7ab5f61a10f32a34ed4d", 0.9909
     ),
     "lenet-5-mnist-pruned": _surgery(
-        "lenet-5",
-        "lenet5_sparse",
-        "722f95222b8d3edaecadf2ae46d40dd4a25cb73f477d4e97248b6e118d074194",
-        0.9909,
+        "lenet-5", "lenet5_sparse", "722f95222b8d3edaecadf2ae46d40dd4a25cb73f477d4e97248b6e118d074194", 0.9909
     ),
 }
 
@@ -109,14 +97,8 @@ PUBLISHED: dict[str, Published] = {
 def _find(name: str, entry: Published, path: str | os.PathLike[str] | None) -> Path:
     """Return the verified weight file: the one given, one in a data folder, or a fresh download."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rarefy"
-    folders = [
-        Path(folder) for folder in (os.environ.get("RAREFY_DATA"),) if folder
-    ] + [cache]
-    places = (
-        [Path(path)]
-        if path is not None
-        else [folder / entry.file for folder in folders]
-    )
+    folders = [Path(folder).expanduser() for folder in (os.environ.get("RAREFY_DATA"),) if folder] + [cache]
+    places = [Path(path)] if path is not None else [folder / entry.file for folder in folders]
     for place in places:
         if place.is_file():
             if (found := sha256(place)) != entry.sha256:
@@ -139,17 +121,9 @@ def _read(file: Path) -> dict[str, Tensor]:
         if file.suffix == ".npz":
             with np.load(file, allow_pickle=False) as arrays:
                 return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
-        state: dict[str, Tensor] = torch.load(
-            file, map_location="cpu", weights_only=True
-        )["state_dict"]
+        state: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
         return state
-    except (
-        OSError,
-        RuntimeError,
-        KeyError,
-        ValueError,
-        pickle.UnpicklingError,
-    ) as error:
+    except (OSError, RuntimeError, KeyError, ValueError, pickle.UnpicklingError) as error:
         raise DataError(f"{file} cannot be read: {error}") from error
 
 
@@ -167,13 +141,8 @@ def load_published(name: str, path: str | os.PathLike[str] | None = None) -> nn.
         )
     entry = PUBLISHED[name]
     state = _read(_find(name, entry, path))
-    with torch.random.fork_rng(
-        devices=[]
-    ):  # the initial weights are replaced: leave the caller's random numbers alone
+    with torch.random.fork_rng(devices=[]):  # the initial weights are replaced: leave the caller's random numbers alone
         model = build(entry.model)
-    renamed = {
-        key.removeprefix("module.").replace("linear.", "fc.").replace("ip", "fc"): t
-        for key, t in state.items()
-    }
+    renamed = {key.removeprefix("module.").replace("linear.", "fc.").replace("ip", "fc"): t for key, t in state.items()}
     model.load_state_dict(renamed)
     return model.eval()

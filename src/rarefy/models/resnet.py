@@ -23,10 +23,7 @@ class PadShortcut(nn.Module):
         self.after = out_channels - in_channels - self.before
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.pad(
-            x[:, :, :: self.stride, :: self.stride],
-            (0, 0, 0, 0, self.before, self.after),
-        )
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.before, self.after))
 
 
 def _shortcut(kind: str, in_channels: int, out_channels: int, stride: int) -> nn.Module:
@@ -34,9 +31,7 @@ def _shortcut(kind: str, in_channels: int, out_channels: int, stride: int) -> nn
         return nn.Identity()
     if kind == "pad":
         return PadShortcut(in_channels, out_channels, stride)
-    return nn.Sequential(
-        conv(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels)
-    )
+    return nn.Sequential(conv(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels))
 
 
 class BasicBlock(nn.Module):
@@ -44,9 +39,7 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(
-        self, in_channels: int, channels: int, stride: int, shortcut: str
-    ) -> None:
+    def __init__(self, in_channels: int, channels: int, stride: int, shortcut: str) -> None:
         super().__init__()
         self.conv1 = conv(in_channels, channels, 3, stride)
         self.bn1 = nn.BatchNorm2d(channels)
@@ -64,9 +57,7 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(
-        self, in_channels: int, channels: int, stride: int, shortcut: str
-    ) -> None:
+    def __init__(self, in_channels: int, channels: int, stride: int, shortcut: str) -> None:
         super().__init__()
         out_channels = channels * self.expansion
         self.conv1 = conv(in_channels, channels, 1)
@@ -104,20 +95,14 @@ class ResNet(nn.Module):
     ) -> None:
         super().__init__()
         current = channels[0]
-        self.conv1 = (
-            conv(in_channels, current, 7, 2)
-            if large_stem
-            else conv(in_channels, current, 3)
-        )
+        self.conv1 = conv(in_channels, current, 7, 2) if large_stem else conv(in_channels, current, 3)
         self.bn1 = nn.BatchNorm2d(current)
         self.maxpool = nn.MaxPool2d(3, 2, 1) if large_stem else nn.Identity()
         self.stages = [f"layer{i + 1}" for i in range(len(blocks))]
         for i, name in enumerate(self.stages):
             stage = nn.Sequential()
             for j in range(blocks[i]):
-                stage.append(
-                    block(current, channels[i], 2 if i > 0 and j == 0 else 1, shortcut)
-                )
+                stage.append(block(current, channels[i], 2 if i > 0 and j == 0 else 1, shortcut))
                 current = channels[i] * block.expansion
             self.add_module(name, stage)
         self.fc = nn.Linear(current, num_classes)
@@ -131,12 +116,7 @@ class ResNet(nn.Module):
 
 
 def cifar_resnet(
-    depth: int,
-    *,
-    width: float = 1.0,
-    num_classes: int = 10,
-    in_channels: int = 3,
-    shortcut: str = "pad",
+    depth: int, *, width: float = 1.0, num_classes: int = 10, in_channels: int = 3, shortcut: str = "pad"
 ) -> ResNet:
     """Return the CIFAR ResNet of `depth` = 6n + 2 layers (section 4.2): stages of 16, 32, 64 channels, n blocks each.
 
@@ -145,13 +125,9 @@ def cifar_resnet(
     """
     if shortcut not in SHORTCUTS:
         hint = nearest(str(shortcut), SHORTCUTS)
-        raise ModelError(
-            f"shortcut is {shortcut!r}; expected one of {', '.join(SHORTCUTS)}{hint}"
-        )
+        raise ModelError(f"shortcut is {shortcut!r}; expected one of {', '.join(SHORTCUTS)}{hint}")
     if depth < 8 or depth % 6 != 2:
-        raise ModelError(
-            f"a CIFAR ResNet has 6n + 2 layers (8, 14, 20, ...), not {depth}"
-        )
+        raise ModelError(f"a CIFAR ResNet has 6n + 2 layers (8, 14, 20, ...), not {depth}")
     return ResNet(
         BasicBlock,
         [(depth - 2) // 6] * 3,
@@ -163,18 +139,14 @@ def cifar_resnet(
     )
 
 
-def imagenet_resnet(
-    depth: int, *, width: float = 1.0, num_classes: int = 1000, in_channels: int = 3
-) -> ResNet:
+def imagenet_resnet(depth: int, *, width: float = 1.0, num_classes: int = 1000, in_channels: int = 3) -> ResNet:
     """Return the ImageNet ResNet-18 (11,689,512 parameters) or ResNet-50 (25,557,032), loadable from torchvision's."""
     plans: dict[int, tuple[type[BasicBlock | Bottleneck], tuple[int, ...]]] = {
         18: (BasicBlock, (2, 2, 2, 2)),
         50: (Bottleneck, (3, 4, 6, 3)),
     }
     if depth not in plans:
-        raise ModelError(
-            f"an ImageNet ResNet of {depth} layers is not built here; expected 18 or 50"
-        )
+        raise ModelError(f"an ImageNet ResNet of {depth} layers is not built here; expected 18 or 50")
     block, blocks = plans[depth]
     return ResNet(
         block,

@@ -19,10 +19,7 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.out = (nn.Linear(dim, dim) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (
-            layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for layer in (self.q, self.k, self.v)
-        )
+        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
@@ -43,18 +40,14 @@ class Block(nn.Module):
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
 
 
-def _blocks(
-    dim: int, hidden: int, depth: int, heads: int, causal: bool
-) -> nn.Sequential:
+def _blocks(dim: int, hidden: int, depth: int, heads: int, causal: bool) -> nn.Sequential:
     return nn.Sequential(*(Block(dim, hidden, heads, causal) for _ in range(depth)))
 
 
 def _dim(dim: int, heads: int, width: float) -> int:
     """Scale the model's dimension by whole units per head, so that every head keeps the same valid size."""
     if heads < 1 or dim < heads or dim % heads:
-        raise ModelError(
-            f"dim={dim} does not divide into heads={heads}; give a dim that is a multiple of heads"
-        )
+        raise ModelError(f"dim={dim} does not divide into heads={heads}; give a dim that is a multiple of heads")
     return heads * scaled(dim // heads, width)
 
 
@@ -106,9 +99,7 @@ class GPT(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         length = tokens.shape[1]
         if length > self.context:
-            raise ModelError(
-                f"{length} tokens given, but this gpt has context={self.context}; cut the text"
-            )
+            raise ModelError(f"{length} tokens given, but this gpt has context={self.context}; cut the text")
         x = self.token(tokens) + self.position.weight[:length]
         return self.head(self.norm(self.blocks(x)))
 
@@ -136,15 +127,11 @@ class ViT(nn.Module):
     ) -> None:
         super().__init__()
         if patch < 1 or image_size % patch:
-            raise ModelError(
-                f"patch={patch} does not divide image_size={image_size}; give a patch that does"
-            )
+            raise ModelError(f"patch={patch} does not divide image_size={image_size}; give a patch that does")
         inner = _dim(dim, heads, width)
         self.patch = nn.Conv2d(in_channels, inner, patch, patch)
         self.token = nn.Parameter(torch.zeros(1, 1, inner))
-        self.position = nn.Parameter(
-            torch.empty(1, (image_size // patch) ** 2 + 1, inner).normal_(std=0.02)
-        )
+        self.position = nn.Parameter(torch.empty(1, (image_size // patch) ** 2 + 1, inner).normal_(std=0.02))
         self.blocks = _blocks(inner, scaled(4 * dim, width), depth, heads, causal=False)
         self.norm = nn.LayerNorm(inner)
         self.head = nn.Linear(inner, num_classes)
@@ -152,8 +139,5 @@ class ViT(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         patches = self.patch(x).flatten(2).transpose(1, 2)
-        x = (
-            torch.cat([self.token.expand(x.shape[0], -1, -1), patches], dim=1)
-            + self.position
-        )
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), patches], dim=1) + self.position
         return self.head(self.norm(self.blocks(x)[:, 0]))

@@ -18,9 +18,7 @@ class VGG19(nn.Module):
     [batch, in_channels, height, width] of at least 16x16, output logits [batch, num_classes].
     """
 
-    def __init__(
-        self, *, width: float = 1.0, num_classes: int = 10, in_channels: int = 3
-    ) -> None:
+    def __init__(self, *, width: float = 1.0, num_classes: int = 10, in_channels: int = 3) -> None:
         super().__init__()
         self.features = nn.Sequential()
         current = in_channels
@@ -29,9 +27,7 @@ class VGG19(nn.Module):
                 self.features.append(nn.MaxPool2d(2))
             for _ in range(repeats):
                 wider = scaled(channels, width)
-                self.features.extend(
-                    [conv(current, wider, 3), nn.BatchNorm2d(wider), nn.ReLU()]
-                )
+                self.features.extend([conv(current, wider, 3), nn.BatchNorm2d(wider), nn.ReLU()])
                 current = wider
         self.classifier = nn.Linear(current, num_classes)
         he_init(self)

@@ -35,30 +35,18 @@ class WideResNet(nn.Module):
     """
 
     def __init__(
-        self,
-        depth: int,
-        widen: int,
-        *,
-        width: float = 1.0,
-        num_classes: int = 10,
-        in_channels: int = 3,
+        self, depth: int, widen: int, *, width: float = 1.0, num_classes: int = 10, in_channels: int = 3
     ) -> None:
         super().__init__()
         if depth < 10 or depth % 6 != 4 or widen < 1:
-            raise ModelError(
-                f"a WRN has 6n + 4 layers (10, 16, 22, ...) and widen >= 1, not {depth} and {widen}"
-            )
+            raise ModelError(f"a WRN has 6n + 4 layers (10, 16, 22, ...) and widen >= 1, not {depth} and {widen}")
         channels = scaled(16, width)
         self.conv1 = conv(in_channels, channels, 3)
         self.blocks = nn.Sequential()
         for stage in range(3):
             for i in range((depth - 4) // 6):
                 wider = scaled(16 * widen * 2**stage, width)
-                self.blocks.append(
-                    PreActivationBlock(
-                        channels, wider, 2 if stage > 0 and i == 0 else 1
-                    )
-                )
+                self.blocks.append(PreActivationBlock(channels, wider, 2 if stage > 0 and i == 0 else 1))
                 channels = wider
         self.bn = nn.BatchNorm2d(channels)
         self.fc = nn.Linear(channels, num_classes)

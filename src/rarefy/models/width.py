@@ -15,16 +15,11 @@ _CLOSE = 1e-7
 
 
 def _count(build: Callable[[float], nn.Module], width: float) -> int:
-    with torch.random.fork_rng(
-        devices=[]
-    ):  # looking for a width must not move the caller's random numbers
+    with torch.random.fork_rng(devices=[]):  # looking for a width must not move the caller's random numbers
         try:
             with torch.device("meta"):
                 model = build(width)
-        except (
-            NotImplementedError,
-            RuntimeError,
-        ):  # the constructor looks at values: build it for real
+        except (NotImplementedError, RuntimeError):  # the constructor looks at values: build it for real
             model = build(width)
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -35,6 +30,11 @@ def small_dense_width(build: Callable[[float], nn.Module], budget: int) -> float
     All parameters count, shared ones once. Found by bisection to 1e-7, mostly without allocating memory (the model is
     built on PyTorch's meta device where it can be). 1.0 where the full net already fits. Raises ModelError where even
     the narrowest net is over the budget, and where the count does not grow with the width.
+
+    >>> from rarefy import models
+    >>> width = models.small_dense_width(lambda width: models.build("lenet-300-100", width=width), 26_661)
+    >>> sum(p.numel() for p in models.build("lenet-300-100", width=width).parameters())
+    26432
     """
     if budget < 1:
         raise ModelError(f"budget is {budget} parameters; expected at least 1")

@@ -1,0 +1,150 @@
+"""Sparse training inside the Hugging Face Trainer: one callback."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import rarefy
+from rarefy._files import atomic_write
+from rarefy.engine import Loss, Method, Sparsifier
+from rarefy.errors import StateError
+from rarefy.training._needs import missing
+
+try:
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+except ImportError as error:
+    raise missing("transformers", "hf") from error
+
+STATE_FILE = "sparsifier.pt"
+
+
+class HFSparsityCallback(TrainerCallback):
+    """Makes the model sparse when the Hugging Face Trainer starts, keeps it so, and saves its state with each checkpoint.
+
+        trainer = transformers.Trainer(model, args, callbacks=[HFSparsityCallback("rigl", sparsity=0.9, every=50)])
+        trainer.train()                                # or trainer.train(resume_from_checkpoint=True)
+
+    The sparsifier's state lies beside the rest of a checkpoint as `sparsifier.pt` (read with `weights_only=True`). Schedules
+    that are fractions of the run count in `state.max_steps`.
+
+    Args:
+        method: a method's name or a `rarefy.engine.Method`.
+        sparsity: fraction of zeros in [0, 1).
+        include, exclude: which layers, as in `rarefy.sparsify`; embeddings and heads are often left out by name.
+        calibration, loss: batches and their loss, for methods that look at data before training (SNIP).
+        seed: of the sparsifier's own random choices.
+        finalize: leave a plain model, free of hooks, when training ends.
+        options: the method's own options.
+
+    Attributes:
+        sparse: the `Sparsifier`, from the start of training on; None before.
+
+    Raises StateError when training resumes from a checkpoint that was written without this callback.
+    """
+
+    def __init__(
+        self,
+        method: str | Method,
+        *,
+        sparsity: float | None = None,
+        include: Any = None,
+        exclude: Any = None,
+        calibration: Iterable[Any] | None = None,
+        loss: Loss | None = None,
+        seed: int = 0,
+        finalize: bool = True,
+        **options: Any,
+    ) -> None:
+        self.method = method
+        self.sparsity = sparsity
+        self.include = include
+        self.exclude = exclude
+        self.calibration = calibration
+        self.loss = loss
+        self.seed = seed
+        self.finalize = finalize
+        self.options = options
+        self.sparse: Sparsifier | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Make the model sparse; on a resume, with the masks of the checkpoint at step `state.global_step`."""
+        model: nn.Module = kwargs["model"]
+        optimizer = kwargs["optimizer"]
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper steps the one inside
+        resumed = state.global_step > 0
+        # The Trainer has restored weights and optimizer by now; drawing new masks would zero some of them.
+        weights = {name: value.clone() for name, value in model.state_dict().items()} if resumed else {}
+        optimizer_state = _copy(optimizer.state_dict()) if resumed else {}
+        self.sparse = rarefy.sparsify(
+            model,
+            self.method,
+            **({} if self.sparsity is None else {"sparsity": self.sparsity}),
+            optimizer=optimizer,
+            include=self.include,
+            exclude=self.exclude,
+            calibration=self.calibration,
+            loss=self.loss,
+            total_steps=state.max_steps if state.max_steps > 0 else None,
+            seed=self.seed,
+            **self.options,
+        )
+        if resumed:
+            self.sparse.load_state_dict(_saved_state(args, state))
+            model.load_state_dict(weights)
+            optimizer.load_state_dict(optimizer_state)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write the sparsifier's state beside the checkpoint that was just saved."""
+        if self.sparse is not None and state.is_world_process_zero:
+            folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+            if folder.is_dir():
+                with atomic_write(folder / STATE_FILE) as file:
+                    torch.save(self.sparse.state_dict(), file)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the sparsity to what the Trainer logs."""
+        if self.sparse is not None and logs is not None:
+            logs["sparsity"] = self.sparse.sparsity
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave a plain model with exact zeros."""
+        if self.sparse is not None and self.finalize:
+            self.sparse.finalize()
+
+
+def _copy(state: dict[str, Any]) -> dict[str, Any]:
+    import copy
+
+    return copy.deepcopy(state)
+
+
+def _saved_state(args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
+    """Return the state saved at this step, from the folder that training resumes from."""
+    given = args.resume_from_checkpoint
+    name = f"checkpoint-{state.global_step}"
+    places = [Path(given)] if isinstance(given, str) else []
+    places.append(Path(str(args.output_dir)) / name)
+    for folder in places:
+        if (folder / STATE_FILE).is_file():
+            loaded: dict[str, Any] = torch.load(folder / STATE_FILE, weights_only=True, map_location="cpu")
+            return loaded
+    raise StateError(
+        f"training resumes at step {state.global_step}, but there is no {STATE_FILE} in {places[0]}: that checkpoint was "
+        "saved without HFSparsityCallback, or lies elsewhere. Keep the Trainer's output_dir, or start without resuming."
+    )
