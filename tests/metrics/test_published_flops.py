@@ -1,4 +1,4 @@
-"""RigL's published inference FLOPs of ResNet-50 on ImageNet (Evci et al. 2020, table 2), from our own counter.
+"""RigL's published inference FLOPs of ResNet-50 on ImageNet (Evci et al. 2020), from our own counter.
 
 What the paper counts, found by trying the combinations against the printed figures (and stated by the authors'
 counting notebook): ERK shares the budget over all 54 weights, first convolution and classifier included; "uniform"

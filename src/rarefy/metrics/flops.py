@@ -91,7 +91,7 @@ def flops(model: nn.Module, example_input: Any, masks: Masks | None = None, *, b
     dimensions that meets any other operation is named in `report.not_counted`.
 
     A kept weight costs one multiply-add per position: a Linear layer 2 * kept * rows, a convolution 2 * kept * output
-    positions (RigL, Evci et al. 2020, appendix H, counts the same products). Padding zeros are counted, as PyTorch's
+    positions (RigL, Evci et al. 2020, counts the same products). Padding zeros are counted, as PyTorch's
     own `FlopCounterMode` does.
 
     Args:

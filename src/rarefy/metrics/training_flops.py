@@ -1,4 +1,4 @@
-"""FLOPs of training, counted from what a run really kept, and the closed forms that papers quote."""
+"""FLOPs of training, from what a run really kept, and the closed forms of the RigL paper (Evci et al. 2020)."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def training_flops(
 
     For one sample and one step a layer with `kept` weights, each used at `p` positions, costs
     forward f = 2 * kept * p, gradient of the input f, gradient of the weight f; on a step whose dense gradient was
-    needed the last is 2 * size * p (RigL, Evci et al. 2020, appendix H: backward is twice forward). Layers without an
+    needed the last is 2 * size * p (RigL, Evci et al. 2020: backward is twice forward). Layers without an
     entry in `cost` and products without weights (attention) count as dense, 3 f. The weight gradient of the other
     steps uses the mean number of kept weights: exact where that number is constant, or where all or no steps
     needed the dense gradient, as in every method of dst-core.
@@ -100,12 +100,12 @@ def training_flops(
 
 
 def dense_training_flops(f_dense: float) -> float:
-    """Return the FLOPs per sample and step of dense training, 3 f_D: backward is twice forward (RigL, appendix H)."""
+    """Return the FLOPs per sample and step of dense training, 3 f_D: backward is twice forward (RigL)."""
     return 3 * f_dense
 
 
 def static_training_flops(f_sparse: float) -> float:
-    """Return the FLOPs per sample and step of static, SNIP and SET training, 3 f_S (RigL, appendix H).
+    """Return the FLOPs per sample and step of static, SNIP and SET training, 3 f_S (RigL).
 
     SET grows at random and so needs no dense gradient. SNIP's one scoring batch is left out, as in the paper.
     """
@@ -113,12 +113,12 @@ def static_training_flops(f_sparse: float) -> float:
 
 
 def snfs_training_flops(f_sparse: float, f_dense: float) -> float:
-    """Return the FLOPs per sample and step of SNFS, 2 f_S + f_D: a dense gradient every step (RigL, appendix H)."""
+    """Return the FLOPs per sample and step of SNFS, 2 f_S + f_D: a dense gradient every step (RigL)."""
     return 2 * f_sparse + f_dense
 
 
 def rigl_training_flops(f_sparse: float, f_dense: float, every: int) -> float:
-    """Return RigL's published FLOPs per sample and step, (3 f_S dT + 2 f_S + f_D) / (dT + 1) (RigL, appendix H).
+    """Return RigL's published FLOPs per sample and step, (3 f_S dT + 2 f_S + f_D) / (dT + 1) (RigL).
 
     The paper's cycle is dT plain steps and one update step, dT + 1 in all; where the update is one of every dT steps,
     as here, the cycle is one shorter: `training_flops` then gives exactly this form with `every - 1`.
@@ -132,7 +132,7 @@ def rigl_training_flops(f_sparse: float, f_dense: float, every: int) -> float:
 
 
 def gradual_training_flops(f_dense: float, sparsities: Iterable[float]) -> float:
-    """Return the FLOPs per sample and step of gradual pruning, 3 f_D E_t[1 - s_t] (RigL, appendix H; Zhu & Gupta 2017).
+    """Return the FLOPs per sample and step of gradual pruning, 3 f_D E_t[1 - s_t] (RigL; Zhu & Gupta 2017).
 
     Args:
         f_dense: dense forward FLOPs of one sample.
