@@ -80,7 +80,7 @@ def test_progress() -> None:
 def test_every_schedule_reaches_its_end(every: int, start: int, length: int, extra: int) -> None:
     clock = Clock(every=every, start=start, stop=start + length, total=start + length + extra)
     times = due(clock, start + length + extra)
-    expected = {t for t in range(start, start + length + 1, every)} | {start + length}
+    expected = set(range(start, start + length + 1, every)) | {start + length}
     assert times == sorted(expected - {0})
     if times:
         assert times[-1] == clock.last and clock.progress(times[-1]) == 1.0

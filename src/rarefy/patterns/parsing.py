@@ -47,7 +47,7 @@ def parse_pattern(text: str | Pattern) -> Pattern:
         >>> from rarefy.patterns import parse_pattern
         >>> parse_pattern("2:4@0"), parse_pattern("row")
         (NM(n=2, m=4, dim=0), Slice(dim=0))
-        >>> parse_pattern("unstructred")  # doctest: +ELLIPSIS
+        >>> parse_pattern("unstructred")
         Traceback (most recent call last):
         ...
         rarefy.errors.OptionError: unknown pattern 'unstructred' (did you mean 'unstructured'?); use one of ...
