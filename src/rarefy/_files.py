@@ -76,9 +76,10 @@ def fetch(
 ) -> Path:
     """Download `url` to `path`, verified by its SHA-256, and return the path.
 
-    A file that is already there with the right checksum is left alone. Bytes arrive in `<path>.part`, which a later call
-    resumes (HTTP Range) and which is renamed to `path` only after its checksum is right; two processes that want the same
-    file wait for each other. `timeout` is seconds without an answer; `attempts` is how often a broken transfer is resumed.
+    A file that is already there with the right checksum is left alone. Bytes arrive in `<path>.part`, which a later
+    call resumes (HTTP Range) and which is renamed to `path` only after its checksum is right; two processes that want
+    the same file wait for each other. `timeout` is seconds without an answer; `attempts` is how often a broken
+    transfer is resumed.
 
     Raises DataError when the file cannot be had (what arrived stays in the part file) or is not what it should be
     (nothing stays).
@@ -90,7 +91,8 @@ def fetch(
         if _digest(path) == want:
             return path
         raise DataError(
-            f"{path} is not the official {name} (SHA-256 {_digest(path)}, expected {want}): remove it to download it again"
+            f"{path} is not the official {name} (SHA-256 {_digest(path)}, expected {want}): "
+            "remove it to download it again"
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -107,8 +109,8 @@ def fetch(
             if got != want:
                 part.unlink(missing_ok=True)
                 raise DataError(
-                    f"the downloaded {name} is not what it should be ({size} bytes, SHA-256 {got}, expected {want}) and "
-                    f"was removed. {_mend(path)}"
+                    f"the downloaded {name} is not what it should be ({size} bytes, SHA-256 {got}, expected {want}) "
+                    f"and was removed. {_mend(path)}"
                 )
             os.fsync(file.fileno())
             os.replace(part, path)
@@ -173,6 +175,7 @@ def _download(url: str, file: BinaryIO, progress: Progress | None, timeout: floa
             _transfer(url, file, progress, timeout)
             return
         except urllib.error.HTTPError as error:
+            error.close()  # it is the open answer, too
             if error.code == 416:  # nothing after our last byte: complete, or of another version; the checksum decides
                 return
             if error.code < 500 or attempt == attempts:

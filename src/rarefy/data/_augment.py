@@ -12,8 +12,8 @@ def crop_flip(x: Tensor, generator: torch.Generator, pad: int = 4) -> Tensor:
     """Shift every image by up to `pad` pixels (black comes in at the border) and mirror half of them.
 
     The usual augmentation of CIFAR: pad by 4, crop at random, flip left-right with probability 1/2 (He et al. 2016,
-    "Deep residual learning", section 4.2). `x` is [B, C, H, W] of any dtype; the result is new memory of the same shape. The
-    draws come from the CPU `generator`, whatever the device of `x`.
+    "Deep residual learning", section 4.2). `x` is [B, C, H, W] of any dtype; the result is new memory of the same
+    shape. The draws come from the CPU `generator`, whatever the device of `x`.
     """
     count, channels, height, width = x.shape
     shifts = torch.randint(0, 2 * pad + 1, (2, count), generator=generator).to(x.device)

@@ -51,7 +51,7 @@ class _Resumable(ABC):
             self._epoch, self._batch, self._resume = epoch, 0, False
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Iterate the current epoch from its start (after `load_state_dict`: from the saved batch); the next call goes on."""
+        """Iterate the current epoch from its start, or after `load_state_dict` from the saved batch."""
         start, self._resume = (self._batch if self._resume else 0), False
         epoch, total = self._epoch, len(self)
         for number, batch in enumerate(self._epoch_batches(epoch, start), start + 1):
@@ -80,11 +80,12 @@ class _Resumable(ABC):
 class Batches(_Resumable):
     """Iterate (inputs, labels) of an image set: float32 [B, C, H, W] normalised, int64 [B].
 
-    `x` is uint8 [N, C, H, W] (divided by 255, then normalised by `mean` and `std` per channel where given) or floating
-    (normalised only); `y` int64 [N]. Both are moved to `device` once. With `shuffle`, the order is a permutation drawn from
-    (seed, epoch) alone; `augment` (a name such as "crop-flip", or a function of batch and generator) draws from (seed, epoch,
-    batch index) alone, on the CPU, so that every device sees the same batches and a run may stop and go on anywhere. The last
-    batch may be smaller unless `drop_last`. One pass is one epoch; the next pass is the next epoch.
+    `x` is uint8 [N, C, H, W] (divided by 255, then normalised by `mean` and `std` per channel where given) or
+    floating (normalised only); `y` int64 [N]. Both are moved to `device` once. With `shuffle`, the order is a
+    permutation drawn from (seed, epoch) alone; `augment` (a name such as "crop-flip", or a function of batch and
+    generator) draws from (seed, epoch, batch index) alone, on the CPU, so that every device sees the same batches and
+    a run may stop and go on anywhere. The last batch may be smaller unless `drop_last`. One pass is one epoch; the
+    next pass is the next epoch.
 
     Raises OptionError when sizes, options or the augmentation's name do not fit.
 
@@ -150,10 +151,11 @@ class Batches(_Resumable):
 class TextBatches(_Resumable):
     """Iterate (inputs, targets) windows of a byte stream, int64 [B, length] each, targets one byte ahead.
 
-    `x` and `y` are uint8 [N], `y[i]` the byte after `x[i]`, as in a bundle of task "text". "random": each window starts
-    anywhere, drawn from (seed, epoch, batch index) alone, and an epoch is `steps` batches (default N // (batch_size * length)).
-    "sequential": windows side by side in their order, each byte once, for evaluation; fewer than `length` bytes at the end are
-    left out. Both are moved to `device` once. Raises OptionError when the stream is shorter than a window.
+    `x` and `y` are uint8 [N], `y[i]` the byte after `x[i]`, as in a bundle of task "text". "random": each window
+    starts anywhere, drawn from (seed, epoch, batch index) alone, and an epoch is `steps` batches (default N //
+    (batch_size * length)). "sequential": windows side by side in their order, each byte once, for evaluation; fewer
+    than `length` bytes at the end are left out. Both are moved to `device` once. Raises OptionError when the stream
+    is shorter than a window.
     """
 
     def __init__(
@@ -246,7 +248,8 @@ def _augmentation(augment: str | Augment | None) -> Augment | None:
     if isinstance(augment, str):
         if augment not in AUGMENTS:
             raise OptionError(
-                f"unknown augmentation {augment!r}{nearest(augment, AUGMENTS)}: use one of {', '.join(AUGMENTS)}, or None"
+                f"unknown augmentation {augment!r}{nearest(augment, AUGMENTS)}: "
+                f"use one of {', '.join(AUGMENTS)}, or None"
             )
         return AUGMENTS[augment]
     return augment
@@ -262,8 +265,8 @@ def _normalisation(
     m, s = torch.tensor(mean or [0.0], dtype=torch.float64), torch.tensor(std or [1.0], dtype=torch.float64)
     if x.ndim < 2 or any(len(t) not in (1, x.shape[1]) for t in (m, s)) or not bool((s > 0).all()):
         raise OptionError(
-            f"mean {tuple(m.tolist())} and std {tuple(s.tolist())} do not fit inputs of shape {tuple(x.shape)}: give one "
-            f"number a channel, std above 0"
+            f"mean {tuple(m.tolist())} and std {tuple(s.tolist())} do not fit inputs of shape {tuple(x.shape)}: "
+            "give one number a channel, std above 0"
         )
     shape = (1, -1) + (1,) * (x.ndim - 2)
     return (1.0 / (divisor * s)).float().view(shape), (-m / s).float().view(shape)

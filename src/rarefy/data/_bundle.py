@@ -16,11 +16,11 @@ from rarefy.errors import DataError, OptionError
 class DataBundle:
     """A whole data set, in memory, with what a model and a report need to know about it.
 
-    For `task` "image": `train_x`, `test_x` are uint8 [N, channels, size, size] (pixels 0..255, not yet normalised) and
-    `train_y`, `test_y` int64 [N] class numbers. `mean` and `std` are per channel, of pixels / 255 in the official training
-    set. For `task` "text": `*_x` are uint8 [N] bytes in their order and `*_y` uint8 [N], each the byte after it; the test
-    part is the end of the text, held out. `note` says in plain words where the data came from and what of it is missing.
-    `augment` names the usual augmentation for `Batches` (None: none).
+    For `task` "image": `train_x`, `test_x` are uint8 [N, channels, size, size] (pixels 0..255, not yet normalised)
+    and `train_y`, `test_y` int64 [N] class numbers. `mean` and `std` are per channel, of pixels / 255 in the official
+    training set. For `task` "text": `*_x` are uint8 [N] bytes in their order and `*_y` uint8 [N], each the byte after
+    it; the test part is the end of the text, held out. `note` says in plain words where the data came from and what
+    of it is missing. `augment` names the usual augmentation for `Batches` (None: none).
     """
 
     name: str
@@ -46,8 +46,8 @@ class DataBundle:
 def train_val_split(bundle: DataBundle, fraction: float = 0.1, seed: int = 0) -> tuple[DataBundle, Tensor, Tensor]:
     """Hold out part of the training set for validation; return (bundle with the rest, validation x, validation y).
 
-    Images: floor(fraction * N + 0.5) samples, every class in its share (stratified), chosen by `seed`, both parts in the
-    original order. Text: the last part of the training text, which no seed moves. The test part is not touched.
+    Images: floor(fraction * N + 0.5) samples, every class in its share (stratified), chosen by `seed`, both parts in
+    the original order. Text: the last part of the training text, which no seed moves. The test part is not touched.
     Raises OptionError when `fraction` is outside (0, 1) or leaves one side empty.
     """
     n = len(bundle.train_x)

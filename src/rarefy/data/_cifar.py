@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 in their official binary version (no pickle), as a folder, an archive, or losslessly packed .xz."""
+"""CIFAR-10 and CIFAR-100 in their official binary version (no pickle): a folder, an archive, or packed .xz files."""
 
 from __future__ import annotations
 
@@ -59,9 +59,10 @@ class CifarSet:
         return 10_000 if file == self.test[0] else self.per_file
 
 
-# The archives' MD5 sums on the official page are c32a1d4ab5d03f1284b67883e8d87530 and 03b5dce01913d631647c71ecec9e9cb8; the
-# SHA-256 sums here are those that other projects publish for the same archives and for the files in them. Those of
-# data_batch_1, data_batch_2 and test_batch were also measured by us, on images verified in another way.
+# The archives' MD5 sums on the official page are c32a1d4ab5d03f1284b67883e8d87530 and
+# 03b5dce01913d631647c71ecec9e9cb8; the SHA-256 sums here are those that other projects publish for the same archives
+# and for the files in them. Those of data_batch_1, data_batch_2 and test_batch were also measured by us, on images
+# verified in another way.
 CIFAR10 = CifarSet(
     title="CIFAR-10",
     folder="cifar-10-batches-bin",
@@ -116,7 +117,7 @@ def find(known: CifarSet, root: Path) -> tuple[Path, list[str]] | None:
 
 
 def build(name: str, known: CifarSet, place: tuple[Path, list[str]], where: str, verify: bool) -> DataBundle:
-    """Read what a place holds and return the bundle; a set without its test file, or without any training file, is refused."""
+    """Read what a place holds; a set without its test file, or without any training file, is refused."""
     source, names = place
     train = [n for n in known.train if n in names]
     if known.test[0] not in names or not train:
@@ -150,7 +151,7 @@ def build(name: str, known: CifarSet, place: tuple[Path, list[str]], where: str,
 
 
 def read_archive(known: CifarSet, path: Path, verify: bool = True) -> dict[str, bytes]:
-    """Return the data files of the official .tar.gz; only plain files under their known names are read, nothing is unpacked."""
+    """Return the data files of the official .tar.gz: plain files under their known names; nothing is unpacked."""
     wanted = {f"{known.folder}/{name}": name for name in known.sha256}
     found: dict[str, bytes] = {}
     try:
@@ -187,8 +188,8 @@ def read_archive(known: CifarSet, path: Path, verify: bool = True) -> dict[str, 
 def decode_xz(data: bytes) -> Bytes:
     """Turn a packed batch back into the official records, uint8 [N, 3073].
 
-    The packed form is N label bytes, then the planes G, R-G and B-G, each N x 32 x 32, modulo 256, differenced along rows and
-    columns. Raises ValueError when the length is not a whole number of images.
+    The packed form is N label bytes, then the planes G, R-G and B-G, each N x 32 x 32, modulo 256, differenced along
+    rows and columns. Raises ValueError when the length is not a whole number of images.
     """
     count, rest = divmod(len(data), 1 + _PIXELS)
     if rest or not count:

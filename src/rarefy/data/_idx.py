@@ -35,8 +35,8 @@ class IdxSet:
 
 FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
-# The content's MD5 sums are the official ones (MNIST train images 6bbc9ace898e44ae57da46a324031adb); these SHA-256 sums were
-# taken from those files. The .gz sums are those of the files on the official servers.
+# The content's MD5 sums are the official ones (MNIST train images 6bbc9ace898e44ae57da46a324031adb); these SHA-256
+# sums were taken from those files. The .gz sums are those of the files on the official servers.
 MNIST = IdxSet(
     title="MNIST",
     folders=("mnist", "MNIST/raw", "MNIST", "."),
@@ -86,7 +86,7 @@ FASHION = IdxSet(
 
 
 def find(known: IdxSet, root: Path) -> dict[str, Path]:
-    """Return the set's files below `root`, from the first of its folders that holds all four (else what the best one has)."""
+    """Return the set's files below `root`, from the first folder that holds all four (else from the best one)."""
     best: dict[str, Path] = {}
     for folder in known.folders:
         here = {}
@@ -129,8 +129,8 @@ def build(name: str, known: IdxSet, files: dict[str, Path], where: str, verify: 
 def read(path: Path, sha256: str | None = None) -> Tensor:
     """Read one idx file of bytes, plain or .gz: images uint8 [N, 1, 28, 28] or labels uint8 [N].
 
-    Which of the two it has to be is taken from the file's name. Raises DataError naming the file when the magic number, the
-    sizes, the length, the gzip checksum or the SHA-256 (where given) is wrong.
+    Which of the two it has to be is taken from the file's name. Raises DataError naming the file when the magic
+    number, the sizes, the length, the gzip checksum or the SHA-256 (where given) is wrong.
     """
     images = "idx3" in path.name
     head = 16 if images else 8

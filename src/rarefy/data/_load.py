@@ -41,15 +41,16 @@ def load(
 ) -> DataBundle:
     """Load a data set whole into memory, from a local folder or its official source.
 
-    `name` is one of `available()`. Looked for in `root`, then in the folder named by the environment variable RAREFY_DATA,
-    then in the cache ($XDG_CACHE_HOME/rarefy or ~/.cache/rarefy); the first folder that has it is used. If none has and
-    `download` is true, it is fetched into `root` (else the cache). CIFAR is read in its official binary version: its folder,
-    its .tar.gz, or packed .xz batches; a folder with some of the training batches loads and `note` says so.
-    `progress(bytes so far, bytes in total or None)` is told of downloads, `timeout` is seconds without an answer.
+    `name` is one of `available()`. Looked for in `root`, then in the folder named by the environment variable
+    RAREFY_DATA, then in the cache ($XDG_CACHE_HOME/rarefy or ~/.cache/rarefy); the first folder that has it is used.
+    If none has and `download` is true, it is fetched into `root` (else the cache). CIFAR is read in its official
+    binary version: its folder, its .tar.gz, or packed .xz batches; a folder with some of the training batches loads
+    and `note` says so. `progress(bytes so far, bytes in total or None)` is told of downloads, `timeout` is seconds
+    without an answer.
 
-    Every file is checked (length, magic number, labels, compression checksum) and, unless `verify` is False, compared with
-    the SHA-256 of the official one. Raises DataError, naming the file, when one is missing, truncated or changed; nothing is
-    half-loaded. Raises OptionError for an unknown name.
+    Every file is checked (length, magic number, labels, compression checksum) and, unless `verify` is False, compared
+    with the SHA-256 of the official one. Raises DataError, naming the file, when one is missing, truncated or
+    changed; nothing is half-loaded. Raises OptionError for an unknown name.
 
         >>> bundle = load("digits")
         >>> bundle.train_x.shape, bundle.test_x.shape
@@ -93,10 +94,10 @@ def demo_data(
     progress: Progress | None = None,
     patience: float = 3.0,
 ) -> DataBundle:
-    """Load MNIST where a local folder or the official source gives it, otherwise scikit-learn's digits; `note` says which.
+    """Load MNIST from a local folder or the official source, otherwise scikit-learn's digits; `note` says which.
 
-    `patience` is how many seconds the official source has to answer. A local MNIST that is damaged is not passed over: it
-    raises DataError, like `load`.
+    `patience` is how many seconds the official source has to answer. A local MNIST that is damaged is not passed
+    over: it raises DataError, like `load`.
     """
     found = _local("mnist", places(root, download), verify=True)
     if found is not None:
@@ -104,7 +105,7 @@ def demo_data(
     why = "is in no local folder and downloading was not allowed"
     if download:
         why = "is in no local folder and its official source cannot be reached"
-        if _answers(f"{_idx.MNIST.urls[0]}{_idx.FILES[1]}.gz", patience):
+        if _answers(f"{_IDX['mnist'].urls[0]}{_idx.FILES[1]}.gz", patience):
             try:
                 return load("mnist", root, progress=progress, timeout=max(patience, 10.0), attempts=2)
             except DataError:
@@ -123,8 +124,8 @@ def _local(name: str, searched: list[Place], verify: bool) -> DataBundle | None:
             if files and not place.target:
                 lack = ", ".join(f for f in _idx.FILES if f not in files)
                 raise DataError(
-                    f"{next(iter(files.values())).parent} holds part of {_IDX[name].title} but not {lack}: place the rest "
-                    f"there too"
+                    f"{next(iter(files.values())).parent} holds part of {_IDX[name].title} but not {lack}: "
+                    "place the rest there too"
                 )
         else:
             spot = _cifar.find(_CIFAR[name], place.path)
@@ -153,7 +154,7 @@ def _answers(url: str, seconds: float) -> bool:
 
 def _digits() -> DataBundle:
     try:
-        from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+        from sklearn.datasets import load_digits
     except ImportError as error:
         raise DataError(
             'the data set "digits" comes with scikit-learn, which is not installed: pip install "rarefy[demo]"'

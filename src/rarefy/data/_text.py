@@ -49,10 +49,10 @@ def load_text(
 ) -> DataBundle:
     """Load a text file as bytes, its last part held out; return a bundle of task "text".
 
-    `path_or_name` is a file of any encoding, plain, .gz or .xz, or a known name ("tinyshakespeare", looked for like the sets
-    of `load`). `fraction` of the bytes, at the end, is the test part; `train_x` and `test_x` are uint8 [N] bytes and
-    `train_y`, `test_y` the byte after each. `limit` bounds the decompressed bytes. Raises DataError, naming the file, when it
-    is missing, damaged, too large or too short, and OptionError when `fraction` is outside (0, 1).
+    `path_or_name` is a file of any encoding, plain, .gz or .xz, or a known name ("tinyshakespeare", looked for like
+    the sets of `load`). `fraction` of the bytes, at the end, is the test part; `train_x` and `test_x` are uint8 [N]
+    bytes and `train_y`, `test_y` the byte after each. `limit` bounds the decompressed bytes. Raises DataError, naming
+    the file, when it is missing, damaged, too large or too short, and OptionError when `fraction` is outside (0, 1).
     """
     if not 0.0 < fraction < 1.0:
         raise OptionError(f"fraction is {fraction}: give a number between 0 and 1, such as 0.1")
