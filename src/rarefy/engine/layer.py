@@ -37,7 +37,6 @@ class Layer(ABC):
         self._optimizers = optimizers
         self.shape = target.shape
         self.numel = target.parameter.numel()
-        pattern.check(self.shape, self.name)
         self.groups, self.units_per_group = pattern.units(self.shape)
 
     # --- what it is -------------------------------------------------------------------------------------------------

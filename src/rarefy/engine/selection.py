@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
-from rarefy.errors import SelectionError, nearest
+from rarefy.errors import PatternError, SelectionError, nearest
+from rarefy.patterns import Pattern
 
 Selector = str | re.Pattern[str] | type[nn.Module] | Callable[[str, nn.Module], bool]
 """A name glob ("layer1.*", "fc?.weight"), a compiled regular expression, a module type, or a predicate(name, module)."""
@@ -119,6 +120,19 @@ def find_targets(
                 f"follow a mask. Build it with sparse=False, or exclude={target.module_name!r}."
             )
     return targets, left + not_chosen
+
+
+def check_fit(pattern: Pattern, targets: Sequence[Target]) -> None:
+    """Raise one PatternError that names every weight that cannot follow the pattern, and the `exclude` that mends it."""
+    problems: dict[str, str] = {}
+    for target in targets:
+        try:
+            pattern.check(target.shape, target.name)
+        except PatternError as error:
+            problems[target.name] = str(error)
+    if problems:
+        mend = f" To leave all of these dense: exclude={[*problems]}." if len(problems) < len(targets) else ""
+        raise PatternError("\n".join(problems.values()) + mend)
 
 
 def _choose(

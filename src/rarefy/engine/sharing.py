@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from glob import escape
 
 import torch
 from torch import Tensor
 
 from rarefy import allocation
 from rarefy.engine.layer import Layer
-from rarefy.errors import AllocationError
+from rarefy.errors import AllocationError, SelectionError
 from rarefy.scores import lamp
 
 Rule = str | Mapping[str, float]
-"""A rule's name (`rarefy.allocation.RULES`), or sparsities by layer-name glob."""
+"""A rule's name (`rarefy.allocation.RULES`), or sparsities by name glob: of layers ("fc?") or of parameters ("fc1.weight")."""
 
 
 def share(
@@ -39,7 +41,8 @@ def share(
         ranked = {name: _per_weight(layer, scores[name]) for name, layer in layers.items()}
         kept = allocation.global_counts({n: lamp(s) for n, s in ranked.items()} if rule == "lamp" else ranked, sparsity)
     else:
-        kept = allocation.counts({name: layer.shape for name, layer in layers.items()}, sparsity, rule)
+        by_name = rule if isinstance(rule, str) else _by_layer(layers, rule)
+        kept = allocation.counts({name: layer.shape for name, layer in layers.items()}, sparsity, by_name)
     result = {name: _units(layer, kept[name]) for name, layer in layers.items()}
     if empty := [name for name, units in result.items() if not units.any()]:
         if not (isinstance(rule, str) and rule in allocation.SCORED):
@@ -50,6 +53,21 @@ def share(
             )
         warnings.warn(f"These layers keep no weight at all, so nothing passes through them: {', '.join(empty)}.", stacklevel=3)
     return result
+
+
+def _by_layer(layers: Mapping[str, Layer], rule: Mapping[str, float]) -> dict[str, float]:
+    """Turn globs over parameter or module names into one sparsity for each layer; the first glob that fits counts."""
+    chosen: dict[str, str] = {}
+    for name, layer in layers.items():
+        fitting = (g for g in rule if any(fnmatchcase(n, g) for n in (name, layer.target.module_name)))
+        if (glob := next(fitting, None)) is not None:
+            chosen[name] = glob
+    idle = [glob for glob in rule if glob not in chosen.values()]
+    bare = [f"{name} {list(layer.shape)}" for name, layer in layers.items() if name not in chosen]
+    if idle or bare:
+        problems = [f"{glob!r} fits no layer that an earlier one leaves" for glob in idle] + [f"none fits {b}" for b in bare]
+        raise SelectionError(f"sparsities by layer name: {'; '.join(problems)}. Layers: {', '.join(layers)}.")
+    return {escape(name): rule[glob] for name, glob in chosen.items()}
 
 
 def _stage(layer: Layer, sparsity: float) -> int:

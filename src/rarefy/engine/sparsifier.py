@@ -18,7 +18,7 @@ from rarefy.engine.loading import AfterLoad
 from rarefy.engine.masked import MaskedLayer
 from rarefy.engine.method import Method
 from rarefy.engine.optimizer_state import Optimizers
-from rarefy.engine.selection import LeftOut, Selector, find_targets
+from rarefy.engine.selection import LeftOut, Selector, check_fit, find_targets
 from rarefy.engine.state import FORMAT, check_plain_parts, plain
 from rarefy.engine.summary import Row, Summary
 from rarefy.errors import OptionError, StateError, nearest
@@ -80,6 +80,7 @@ class Sparsifier:
 
         targets, self.left_out = find_targets(model, include, exclude)
         pattern: Pattern = parse_pattern(getattr(method, "pattern", "unstructured"))
+        check_fit(pattern, targets)
         make = STORAGES[storage]
         self.layers: dict[str, Layer] = {
             t.name: make(t, pattern, self._optimizers, on_change=self._changed, on_load=self._loaded) for t in targets

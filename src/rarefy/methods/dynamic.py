@@ -65,9 +65,9 @@ class SET(Static):
         for layer in sparse.layers.values():
             if self.can_grow(layer):
                 kept = layer.counts()
-                survivors = layer.largest_magnitudes(kept - (kept * fraction).long())
-                grown = self.grow(sparse, layer, (kept * fraction).long(), survivors)
-                layer.rewire(survivors, grown)
+                moved = (fraction * kept.double()).long()  # floor
+                survivors = layer.largest_magnitudes(kept - moved)
+                layer.rewire(survivors, self.grow(sparse, layer, moved, survivors))
 
     def can_grow(self, layer: Layer) -> bool:
         """Whether the layer has what the growth rule looks at."""

@@ -1,0 +1,58 @@
+"""Every method keeps every pattern at every step; a new method or pattern is in this table by itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import rarefy
+from rarefy import methods
+
+PATTERNS = ["unstructured", "2:4", "1:4@0", "4x1", "2x4", "channel", "column", "fan-in"]
+MASKED = [name for name in methods.available() if name not in ("dense", "small-dense")]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("method", MASKED)
+def test_every_method_keeps_every_pattern(method: str, pattern: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 4, 8))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    cls = methods.available()[method]
+    options: dict[str, Any] = dict(every=2) if "every" in cls.__dataclass_fields__ else {}
+    if "allocation" in cls.__dataclass_fields__:
+        options["allocation"] = "uniform"
+    data = (torch.randn(16, 8, 4, 4), torch.randint(8, (16,)))
+    sparse = rarefy.sparsify(
+        model,
+        method,
+        sparsity=None if ":" in pattern else 0.75,
+        pattern=pattern,
+        optimizer=optimizer,
+        total_steps=10,
+        calibration=[data] if cls.needs_calibration else None,
+        **options,
+    )
+    for _ in range(10):
+        F.cross_entropy(model(data[0]), data[1]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for layer in sparse.layers.values():
+            mask = layer.mask()
+            if not (":" in pattern and method == "gradual" and sparse.step_count < 7):  # on its way: 4:4, 3:4, 2:4
+                assert layer.pattern.obeys(mask), (layer, sparse.step_count)
+            assert not layer.weight()[~mask].any()
+    expected = layer.pattern.fixed_sparsity or 0.75
+    for layer in sparse.layers.values():
+        assert layer.sparsity == pytest.approx(expected, abs=0.02)
+
+
+def test_all_layers_that_do_not_fit_are_named() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 10, 3), nn.Conv2d(10, 4, 1))
+    with pytest.raises(rarefy.RarefyError, match=r"(?s)0\.weight \[16, 3, 3, 3\].*2\.weight \[4, 10, 1, 1\].*exclude=\['0\.weight', '2\.weight'\]"):
+        rarefy.sparsify(model, "static", pattern="2:4")
+    assert rarefy.sparsify(model, "static", pattern="2:4", exclude=["0", "2"]).sparsity == 0.5
