@@ -1,0 +1,117 @@
+"""The native core as a guest in the process: instruction sets, forks, threads, and no second OpenMP runtime."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from rarefy import kernels
+from rarefy.kernels.native import native
+
+LEVELS = native.available_isas()
+
+
+def run_python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **env},
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_the_environment_chooses_the_instruction_set(name: str) -> None:
+    done = run_python("from rarefy import kernels; print(kernels.native_config()['isa'])", RAREFY_ISA=name)
+    assert done.stdout.strip() == name, done.stderr
+
+
+def test_an_unknown_or_absent_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = run_python("from rarefy import kernels; kernels.native_config()", RAREFY_ISA="sse9")
+    assert "RAREFY_ISA='sse9'" in done.stderr
+    assert "baseline, avx2, avx512" in done.stderr
+    for name in {"avx2", "avx512"} - set(LEVELS):
+        with pytest.raises(ValueError, match="it has baseline"):
+            native.set_isa(name)
+
+
+def test_native_config_tells_what_runs() -> None:
+    config = kernels.native_config()
+    assert config["isa"] in config["available"]
+    assert config["available"][0] == "baseline"
+    assert config["threads"] == torch.get_num_threads() == kernels.threads()
+    assert re.match(r"(gcc|clang) \d+", config["compiler"])
+
+
+def use_every_kernel() -> bool:
+    g = torch.Generator().manual_seed(0)
+    scores = torch.randn(1_000_000, generator=g)
+    mask = kernels.select_k(scores, 1000)
+    kernels.apply_mask_(scores, mask)
+    return bool(torch.equal(kernels.unpack_mask(kernels.pack_mask(mask), mask.shape), scores != 0))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_can_go_on() -> None:
+    torch.set_num_threads(2)
+    assert use_every_kernel()
+    child = multiprocessing.get_context("fork").Process(target=_use_native_only)
+    child.start()
+    child.join(60)
+    alive = child.is_alive()
+    if alive:
+        child.kill()
+    assert not alive, "the child hangs"
+    assert child.exitcode == 0
+    assert use_every_kernel()
+
+
+def _use_native_only() -> None:
+    """Call the native core alone: PyTorch's own OpenMP threads do not survive a fork."""
+    bits = torch.empty(125_000, dtype=torch.uint8)
+    bools = torch.empty(1_000_000, dtype=torch.uint8).numpy()
+    bools[:] = 1
+    native.pack_mask(bools, bits.numpy(), 2)
+    sys.exit(0 if int(bits.numpy().min()) == 255 else 1)
+
+
+def test_many_python_threads_may_call_at_once() -> None:
+    results: list[bool] = []
+    callers = [threading.Thread(target=lambda: results.append(use_every_kernel())) for _ in range(6)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join(60)
+    assert results == [True] * 6
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+def test_no_second_openmp_runtime_is_loaded() -> None:
+    use = "x = torch.randn(2_000_000); m = k.select_k(x, 100); k.pack_mask(m); k.apply_mask_(x, m); "
+    runtimes = (
+        "torch.mm(torch.ones(300, 300), torch.ones(300, 300)); "
+        "import re; print(*set(re.findall(r'/.*lib(?:gomp|iomp|omp).*', open('/proc/self/maps').read())), sep='\\n')"
+    )
+    done = run_python("import torch; from rarefy import kernels as k; " + use + runtimes)
+    assert len(done.stdout.splitlines()) == 1, (done.stdout, done.stderr)
+    assert run_python("import torch; " + runtimes).stdout == done.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads an ELF file's dependencies")
+def test_the_extension_links_neither_torch_nor_openmp() -> None:
+    import rarefy.kernels._native as module
+
+    assert module.__file__ is not None
+    done = subprocess.run(["ldd", module.__file__], capture_output=True, text=True, check=True)
+    assert not re.search(r"torch|c10|gomp|iomp|libomp|mkl", done.stdout), done.stdout
