@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,14 +116,11 @@ def _find(name: str, entry: Published, path: str | os.PathLike[str] | None) -> P
 
 
 def _read(file: Path) -> dict[str, Tensor]:
-    try:
-        if file.suffix == ".npz":
-            with np.load(file, allow_pickle=False) as arrays:
-                return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
-        state: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
-        return state
-    except (OSError, RuntimeError, KeyError, ValueError, pickle.UnpicklingError) as error:
-        raise DataError(f"{file} cannot be read: {error}") from error
+    if file.suffix == ".npz":
+        with np.load(file, allow_pickle=False) as arrays:
+            return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+    state: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
+    return state
 
 
 def load_published(name: str, path: str | os.PathLike[str] | None = None) -> nn.Module:

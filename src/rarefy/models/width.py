@@ -34,7 +34,7 @@ def small_dense_width(build: Callable[[float], nn.Module], budget: int) -> float
     >>> from rarefy import models
     >>> width = models.small_dense_width(lambda width: models.build("lenet-300-100", width=width), 26_661)
     >>> sum(p.numel() for p in models.build("lenet-300-100", width=width).parameters())
-    26432
+    26399
     """
     if budget < 1:
         raise ModelError(f"budget is {budget} parameters; expected at least 1")
