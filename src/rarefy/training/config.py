@@ -6,11 +6,14 @@ import hashlib
 import inspect
 import json
 import math
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from rarefy.errors import nearest
+from rarefy.errors import ConfigError, RarefyError, nearest
+
+if TYPE_CHECKING:
+    from rarefy.engine import Method
 
 Sparsity = Annotated[float, Field(ge=0.0, lt=1.0)]
 Whole = Annotated[int, Field(ge=0)]
@@ -198,6 +201,16 @@ class RunConfig(Part):
             return self.name
         level = "" if self.sparsity is None else f"-{self.sparsity:g}"
         return f"{self.data}-{self.model}-{self.shown()}{level}-s{self.seed}"
+
+    def build_method(self) -> Method:
+        """Return the method with its options; raises ConfigError where they do not fit."""
+        from rarefy import methods
+
+        level = {} if self.sparsity is None else {"sparsity": self.sparsity}
+        try:
+            return methods.make(self.method, **level, **self.method_options)
+        except (RarefyError, TypeError) as error:
+            raise ConfigError(f"method {self.method!r}: {error}") from error
 
     def dump(self) -> dict[str, Any]:
         """Return plain numbers, strings, lists and dicts, ready for YAML or JSON."""

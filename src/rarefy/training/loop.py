@@ -15,9 +15,8 @@ import torch
 from torch import nn
 
 import rarefy
-from rarefy import methods
 from rarefy.engine import Method, Sparsifier
-from rarefy.errors import ConfigError, OptionError, RarefyError, StateError
+from rarefy.errors import ConfigError, RarefyError, StateError
 from rarefy.metrics import PeakMemory
 from rarefy.training import account
 from rarefy.training.config import RunConfig
@@ -26,7 +25,7 @@ from rarefy.training.folder import Metrics, RunFolder, environment, write_json
 from rarefy.training.inputs import Inputs
 from rarefy.training.seeds import derive
 from rarefy.training.signals import Interrupted, Stop
-from rarefy.training.task import Report, SparsityCallback, Task, Watch, pl
+from rarefy.training.task import NoProfiler, Report, SparsityCallback, Task, Watch, pl
 
 PRECISIONS: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 
@@ -91,7 +90,7 @@ class _Run:
 
     def __init__(self, config: RunConfig, home: RunFolder, stop: Stop, report: Report | None) -> None:
         self.config, self.home, self.stop, self.report = config, home, stop, report
-        self.method = make_method(config)
+        self.method = config.build_method()
         self.device = _device(config.device)
         self.inputs = Inputs(config, self.device)
         self.net = self.method.model(self._build)
@@ -169,6 +168,7 @@ class _Run:
             gradient_clip_val=config.gradient_clip,
             callbacks=[sparsity, watch],
             default_root_dir=str(self.home.path),
+            profiler=NoProfiler(),
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -194,6 +194,7 @@ class _Run:
 
     def _restore(self, state: dict[str, Any]) -> Sparsifier:
         """Rebuild the end of training from a checkpoint that was written there: only the measuring was cut off."""
+        batches = [(x.cpu(), y.cpu()) for x, y in self.inputs.calibration()]
         sparse = rarefy.sparsify(
             self.net,
             self.method,
@@ -210,18 +211,6 @@ class _Run:
         self.net.load_state_dict(weights)
         sparse.finalize()
         return sparse
-
-
-def make_method(config: RunConfig) -> Method:
-    """Return the method of a configuration."""
-    try:
-        return methods.make(
-            config.method,
-            **({} if config.sparsity is None else {"sparsity": config.sparsity}),
-            **config.method_options,
-        )
-    except (OptionError, TypeError) as error:
-        raise ConfigError(f"method {config.method!r}: {error}") from error
 
 
 def _read(path: Path) -> dict[str, Any]:

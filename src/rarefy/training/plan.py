@@ -125,6 +125,7 @@ def _planned(
     data = merge({**config.base, "method_options": shared}, config.overrides.get(label, {}))
     data.update(method=entry.method, label=entry.label, sparsity=sparsity, seed=seed, name=name)
     run = validate(RunConfig, data, f"{source} ({label})")
+    run.build_method()  # refuse bad options now, not after an hour
     return Planned(name, run, folder / name)
 
 

@@ -1,0 +1,91 @@
+"""`rarefy methods`, `rarefy report`, `rarefy config`."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rarefy.cli import app
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="A method: print all about it. Without: the list.")] = None,
+) -> None:
+    """List the methods, or explain one: paper, equations, options, defaults, errors."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from rarefy import methods as known
+    from rarefy.errors import OptionError, nearest
+
+    console = Console()
+    found = known.available()
+    if name is None:
+        table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+        table.add_column("method", no_wrap=True)
+        table.add_column("what it does")
+        table.add_column("options")
+        for method, cls in found.items():
+            first = inspect.getdoc(cls) or ""
+            table.add_row(Text(method, style="bold"), first.splitlines()[0], ", ".join(o.name for o in _options(cls)))
+        console.print(table)
+        console.print(Text("rarefy methods NAME tells all about one of them.", style="dim"))
+        return
+    if name not in found:
+        raise OptionError(f"there is no method {name!r}{nearest(name, found)}; methods: {', '.join(found)}")
+    cls = found[name]
+    console.print(Text(f"{name}  (rarefy.methods.{cls.__name__})", style="bold"))
+    console.print(Text(inspect.getdoc(cls) or "", overflow="fold"), soft_wrap=True)
+    if options := _options(cls):
+        table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+        for heading in ("option", "type", "default"):
+            table.add_column(heading, no_wrap=heading == "option")
+        for option in options:
+            table.add_row(option.name, str(option.type), repr(option.default))
+        console.print()
+        console.print(table)
+
+
+def _options(cls: type[Any]) -> list[dataclasses.Field[Any]]:
+    return list(dataclasses.fields(cls))
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="The folder of a comparison or of one run.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The file to write.")] = None,
+) -> None:
+    """Print the leaderboard of finished runs again and write the HTML page."""
+    finish(folder, out)
+
+
+def finish(folder: Path, out: Path | None = None) -> None:
+    """Print the leaderboard of a folder, and write table.json and the page."""
+    from rich.console import Console
+
+    from rarefy.report import collect, leaderboard, print_leaderboard, write_html, write_table
+
+    console = Console()
+    comparison = collect(folder)
+    rows = leaderboard(comparison)
+    console.print()
+    print_leaderboard(console, rows, comparison)
+    if not comparison.single:
+        write_table(folder / "table.json", comparison, rows)
+    page = write_html(folder, out)
+    console.print()
+    console.print(f"report: {page}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def config() -> None:
+    """Print versions, processor, threads and native kernels: what to put in a question or a bug report."""
+    import rarefy
+
+    typer.echo(str(rarefy.show_config()))
