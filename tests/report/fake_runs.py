@@ -1,4 +1,4 @@
-"""Write run folders that look like a real comparison, without training anything: `python tests/report/fake_runs.py FOLDER`."""
+"""Write run folders that look like a real comparison, without training: `python tests/report/fake_runs.py FOLDER`."""
 
 from __future__ import annotations
 
@@ -49,8 +49,9 @@ def comparison(
     if breakages:
         broken = folder / "set-0.98-s2"
         result = json.loads((broken / "result.json").read_text())
-        trouble = {"status": "failed", "error": "OptionError: scores hold NaN in layer 'fc2.weight' [100, 300] at step 700"}
-        (broken / "result.json").write_text(json.dumps({**result, **trouble, "accuracy": None, "masks": None}))
+        error = "OptionError: scores hold NaN in layer 'fc2.weight' [100, 300] at step 700"
+        trouble = {"status": "failed", "error": error, "accuracy": None, "masks": None}
+        (broken / "result.json").write_text(json.dumps({**result, **trouble}))
         (folder / "magnitude-0.9-s1" / "result.json").unlink()
         (folder / "gradual-0.98-s0" / "result.json").write_text('{"status": "finished", "accu')
         for file in (folder / "snip-0.9-s2").iterdir():
@@ -59,7 +60,7 @@ def comparison(
     return folder
 
 
-def run(folder: Path, method: str, sparsity: float | None, seed: int, **changes: Any) -> Path:
+def run(folder: Path, method: str, sparsity: float | None, seed: int, /, **changes: Any) -> Path:
     """Write one finished run; `changes` override entries of its `result.json`."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(1000 * METHODS.index(method) + 10 * int(100 * (sparsity or 0)) + seed)
@@ -170,11 +171,13 @@ def _masks(method: str, kept: dict[str, int], shared: np.random.Generator, rng: 
 
 def _metrics(method: str, densities: dict[str, float], accuracy: float, rng: np.random.Generator) -> list[str]:
     lines = []
+    noise = rng.lognormal(0, 0.22, STEPS + 1)
     for step in range(1, STEPS + 1):
         epoch = (step - 1) * EPOCHS // STEPS
         loss = 2.3 * math.exp(-step / 90) + 3.2 * (1 - accuracy) + 0.35 * math.exp(-step / 600)
-        entry: dict[str, Any] = {"kind": "train", "step": step, "epoch": epoch, "lr": 0.1, "seconds": step * 0.007}
-        lines.append(json.dumps({**entry, "loss": loss * float(rng.lognormal(0, 0.22))}))
+        seconds = step * 0.007
+        train = f'"kind": "train", "step": {step}, "epoch": {epoch}, "lr": 0.1, "seconds": {seconds:.3f}'
+        lines.append(f'{{{train}, "loss": {loss * noise[step]:.6f}}}')
         if step % 100 == 0 and step < 0.75 * STEPS and method in (*DYNAMIC, "gradual"):
             progress = step / (0.75 * STEPS)
             for name, shape in SHAPES.items():

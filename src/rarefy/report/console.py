@@ -50,9 +50,9 @@ def print_leaderboard(console: Console, rows: Sequence[Row], comparison: Compari
             level = row.sparsity_asked
             table.add_row()
             table.add_row(Text(f"{percent(level or 0.0)} sparsity", style="dim"))
-        best = max((other.accuracy or 0.0 for other in rows if other.sparsity_asked == row.sparsity_asked), default=0.0)
-        bold = row.sparsity_asked is not None and row.accuracy is not None and row.accuracy == best
-        table.add_row(*(Text(cell(row), style="bold" if bold and name == "accuracy %" else "") for name, cell, _ in shown))
+        best = max(other.accuracy or 0.0 for other in rows if other.sparsity_asked == row.sparsity_asked)
+        style = "bold" if row.sparsity_asked is not None and row.accuracy == best else ""
+        table.add_row(*(Text(cell(row), style=style if name == "accuracy %" else "") for name, cell, _ in shown))
     console.print(table)
     if any(found and found.clear for row in rows for found in row.against.values()):
         console.print(Text("* p < 0.05 in a t-test paired by seed, corrected for the number of methods", style="dim"))

@@ -22,7 +22,8 @@ def warnings_for(runs: Sequence[Run], single: bool) -> list[str]:
     said += _missed_sparsity(finished)
     broken = len(runs) - len(finished)
     if broken and not single:
-        said.append(f"{broken} of {len(runs)} runs {'is' if broken == 1 else 'are'} not counted; the reasons are listed.")
+        are = "is" if broken == 1 else "are"
+        said.append(f"{broken} of {len(runs)} runs {are} not counted; the reasons are listed.")
     return said
 
 

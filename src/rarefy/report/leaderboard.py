@@ -101,7 +101,7 @@ def leaderboard(comparison: Comparison) -> list[Row]:
         for key, difference in corrected(family).items():
             differences[key][name] = difference
     rows = [_row(key, groups[key], differences[key]) for key in groups]
-    return sorted(rows, key=lambda row: (row.sparsity_asked or 0.0, row.accuracy is None, -(row.accuracy or 0), row.label))
+    return sorted(rows, key=lambda row: (row.sparsity_asked or 0.0, row.n == 0, -(row.accuracy or 0.0), row.label))
 
 
 def write_table(path: str | Path, comparison: Comparison, rows: Sequence[Row]) -> Path:
@@ -172,9 +172,8 @@ def paired(runs: Iterable[Run], baseline: Iterable[Run]) -> Difference | None:
 def corrected(family: dict[Any, Difference | None]) -> dict[Any, Difference | None]:
     """Fill in `p_holm` for methods that were compared with one baseline."""
     adjusted = statistics.holm([found.p if found else None for found in family.values()])
-    return {
-        key: replace(found, p_holm=p) if found else None for (key, found), p in zip(family.items(), adjusted, strict=True)
-    }
+    pairs = zip(family.items(), adjusted, strict=True)
+    return {key: replace(found, p_holm=p) if found else None for (key, found), p in pairs}
 
 
 def _baseline(

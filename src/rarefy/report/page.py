@@ -22,8 +22,6 @@ from rarefy.report.reading import collect
 from rarefy.report.records import Comparison, Run
 from rarefy.report.thinning import rounded, smoothed, spread_out, thin_topology
 
-#: How methods are ordered, and so coloured, on every page; others follow by name.
-ORDER = ("dense", "small-dense", "static", "snip", "magnitude", "gradual", "set", "rigl")
 SCRIPTS = ("base.js", "plots.js", "leaderboard.js", "panels.js", "topology.js", "page.js")
 MOST_POINTS = 400
 # upper bounds for a whole page, which keep 60 runs under about 2 MB
@@ -95,8 +93,7 @@ def payload(comparison: Comparison) -> dict[str, Any]:
     layers = sum(len(run.curves.topology) for run in comparison.runs)
     columns = max(12, min(MOST_POINTS, _ALL_EVENTS // max(1, layers)))
     shapes: dict[tuple[tuple[str, tuple[int, ...]], ...], int] = {}
-    order = sorted(comparison.runs, key=lambda run: (labels.index(run.label or run.name), run.sparsity or 0, run.seed or 0))
-    runs = [_run(run, most, columns, shapes) for run in order]
+    runs = [_run(run, most, columns, shapes) for run in comparison.runs]
     return {
         "title": comparison.name,
         "single": comparison.single,
@@ -125,11 +122,12 @@ def about(comparison: Comparison, rows: Sequence[Row]) -> str:
     """Say in one plain paragraph what was run: methods, data, network, length, seeds, machine."""
     results = [run.result for run in comparison.runs if run.result]
     parts = []
-    methods = list(dict.fromkeys(row.label for row in rows))
+    methods = _ordered(comparison)
     levels = sorted({row.sparsity_asked for row in rows if row.sparsity_asked is not None})
     if comparison.single:
         run = comparison.runs[0]
-        parts.append(f"One run of {run.label or 'an unknown method'}" + (f" at {percent(levels[0])} sparsity" if levels else ""))
+        at = f" at {percent(levels[0])} sparsity" if levels else ""
+        parts.append(f"One run of {run.label or 'an unknown method'}{at}")
     else:
         at = f" at {_and([percent(level) for level in levels])} sparsity" if levels else ""
         parts.append(f"{len(methods)} method{'s' if len(methods) != 1 else ''} ({', '.join(methods)}){at}")
@@ -185,7 +183,7 @@ def _run(run: Run, most: int, columns: int, shapes: dict[Any, int]) -> dict[str,
         "seed": run.seed,
         "status": run.status,
         "reason": run.reason,
-        "facts": {key: rounded(value, 9) if isinstance(value, float) else value for key, value in facts.items()},
+        "facts": _rounded(facts),
         "config": run.config,
         "environment": _plain(run.environment),
         "notes": list(run.notes),
@@ -202,7 +200,7 @@ def _run(run: Run, most: int, columns: int, shapes: dict[Any, int]) -> dict[str,
 
 
 def _row(row: Row) -> dict[str, Any]:
-    flat: dict[str, Any] = {key: rounded(value, 9) if isinstance(value, float) else value for key, value in asdict(row).items()}
+    flat = _rounded(asdict(row))
     flat["against"] = {}
     for name in BASELINES:
         found = row.against.get(name)
@@ -211,10 +209,12 @@ def _row(row: Row) -> dict[str, Any]:
     return flat
 
 
+def _rounded(facts: dict[str, Any]) -> dict[str, Any]:
+    return {key: rounded(value, 9) if isinstance(value, float) else value for key, value in facts.items()}
+
+
 def _ordered(comparison: Comparison) -> list[str]:
-    methods = {run.label or run.name: run.method or "" for run in comparison.runs}
-    rank = {name: index for index, name in enumerate(ORDER)}
-    return sorted(methods, key=lambda label: (rank.get(methods[label], len(rank)), label))
+    return list(dict.fromkeys(run.label or run.name for run in comparison.runs))
 
 
 def _plain(value: Any, depth: int = 0) -> Any:

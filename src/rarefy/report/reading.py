@@ -1,4 +1,4 @@
-"""Read run folders and comparison folders; a run that cannot be read is listed with the reason and never stops the rest."""
+"""Read run folders and comparison folders; a run that cannot be read is listed with the reason, no more."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from rarefy.errors import DataError
 from rarefy.report.fairness import warnings_for
-from rarefy.report.records import Comparison, Curves, Result, Run, Status, explain
+from rarefy.report.records import ORDER, Comparison, Curves, Result, Run, Status, explain
 
 RUN_FILES = ("result.json", "metrics.jsonl", "config.yaml", "environment.json", "checkpoint.ckpt")
 _RUN_NAME = re.compile(r"^(?P<method>.+?)(?:-(?P<sparsity>0?\.\d+|0|1))?-s(?P<seed>\d+)$")
@@ -26,7 +26,7 @@ def collect(folder: str | Path) -> Comparison:
     """Read a comparison folder, or the folder of one run, into a `Comparison`.
 
     Args:
-        folder: a folder of run folders, or one run folder, in the format that `rarefy train` and `rarefy compare` write.
+        folder: a folder of run folders, or one run folder, as `rarefy compare` and `rarefy train` write them.
 
     Returns:
         Every run found, in order of method, sparsity and seed. Runs that failed, were interrupted, are unfinished,
@@ -45,7 +45,7 @@ def collect(folder: str | Path) -> Comparison:
         runs += _announced_but_absent(folder, runs)
     if not runs:
         raise DataError(
-            f"folder {str(folder)!r} holds no run: expected {RUN_FILES[0]} or {RUN_FILES[1]} in it, or in its sub-folders"
+            f"folder {str(folder)!r} holds no run: expected {RUN_FILES[0]} or {RUN_FILES[1]} in it or a sub-folder"
         )
     ordered = _without_duplicates(sorted(runs, key=_order))
     return Comparison(folder.resolve(), tuple(ordered), tuple(warnings_for(ordered, single)), single)
@@ -82,9 +82,9 @@ def _with_result(run: Run) -> Run:
     except FileNotFoundError:
         return replace(run, reason=f"unfinished: no result.json yet{_last_step(run.curves)}")
     except ValidationError as error:
-        return replace(run, status=status, reason=f"result.json is not valid: {explain(error)}")
+        return replace(run, status=status, reason=f"corrupt: result.json is not valid: {explain(error)}")
     except (OSError, ValueError, RecursionError) as error:
-        return replace(run, status=status, reason=f"result.json cannot be read: {_short(error)}")
+        return replace(run, status=status, reason=f"corrupt: result.json cannot be read: {_short(error)}")
     dense = result.method == "dense" or result.sparsity_asked is None
     reason = None
     if result.status != "finished":
@@ -108,8 +108,9 @@ def _looks_like_run(folder: Path) -> bool:
     return any((folder / name).is_file() for name in RUN_FILES) or bool(_RUN_NAME.match(folder.name))
 
 
-def _order(run: Run) -> tuple[str, float, int, str]:
-    return (run.label or "~", run.sparsity or 0.0, run.seed or 0, run.name)
+def _order(run: Run) -> tuple[int, str, float, int, str]:
+    rank = ORDER.index(run.method) if run.method in ORDER else len(ORDER)
+    return (rank, run.label or run.name, run.sparsity or 0.0, run.seed or 0, run.name)
 
 
 def _without_duplicates(runs: Iterable[Run]) -> list[Run]:
@@ -130,7 +131,7 @@ def _announced_but_absent(folder: Path, runs: list[Run]) -> list[Run]:
     """Runs that `compare.yaml` asks for (methods x sparsities x seeds) and that have no folder."""
     try:
         asked = yaml.safe_load((folder / "compare.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return []
     if not isinstance(asked, dict):
         return []
@@ -218,7 +219,7 @@ def _curves(path: Path, notes: list[str]) -> Curves:
     except OSError as error:
         notes.append(f"metrics.jsonl cannot be read: {_short(error)}")
     if bad:
-        notes.append(f"{bad} line{'s' if bad > 1 else ''} of metrics.jsonl could not be read and were skipped")
+        notes.append(f"{bad} broken line{'s' if bad > 1 else ''} of metrics.jsonl skipped")
     steps = sorted(train)
     return Curves(
         np.array(steps, np.int64),

@@ -12,6 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 Status = Literal["finished", "failed", "interrupted", "unfinished", "corrupt", "duplicate", "missing"]
 
+#: How methods are ordered, and so coloured, everywhere; others follow by name.
+ORDER = ("dense", "small-dense", "static", "snip", "magnitude", "gradual", "set", "rigl")
+
 #: What a finished run cannot do without; the rest is shown as "-" where a run has not recorded it.
 NEEDED = ("accuracy", "sparsity", "parameters", "parameters_dense", "epochs", "steps")
 
@@ -91,7 +94,7 @@ def explain(error: ValidationError) -> str:
 
 @dataclass(frozen=True)
 class Curves:
-    """The lines of `metrics.jsonl` by kind, each sorted by step; a step that was repeated after a resume counts once."""
+    """The lines of `metrics.jsonl` by kind, each sorted by step; a step repeated after a resume counts once."""
 
     train_steps: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     train_loss: np.ndarray = field(default_factory=lambda: np.empty(0))

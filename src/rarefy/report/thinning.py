@@ -20,8 +20,7 @@ def smoothed(values: np.ndarray, window: int) -> np.ndarray:
     sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
     counts = np.concatenate([[0], np.cumsum(finite)])
     index = np.arange(len(values))
-    reach = np.minimum(np.minimum(window // 2, index), len(values) - 1 - index)  # symmetric, so that ends do not lag
-    low, high = index - reach, index + reach + 1
+    low, high = np.maximum(index - window // 2, 0), np.minimum(index + window // 2 + 1, len(values))
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.asarray((sums[high] - sums[low]) / (counts[high] - counts[low]))
 
@@ -76,4 +75,6 @@ def rounded(value: float | None, digits: int = 5) -> float | None:
 
 
 def _mean(values: Sequence[int]) -> float | None:
-    return rounded(sum(values) / len(values), 4) if values else None
+    if len(values) < 2:
+        return values[0] if values else None
+    return rounded(sum(values) / len(values), 4)

@@ -82,7 +82,7 @@ const MARKS = {
   up: (r) => `M0,${-r * 1.2}L${r * 1.15},${r * 0.85}H${-r * 1.15}Z`,
   down: (r) => `M0,${r * 1.2}L${r * 1.15},${-r * 0.85}H${-r * 1.15}Z`,
   cross: (r) => `M${-r * 1.15},${-r * 0.4}H${-r * 0.4}V${-r * 1.15}H${r * 0.4}V${-r * 0.4}H${r * 1.15}V${r * 0.4}H${r * 0.4}V${r * 1.15}H${-r * 0.4}V${r * 0.4}H${-r * 1.15}Z`,
-  bow: (r) => `M${-r * 1.1},${-r}L${r * 1.1},${r}V${-r}L${-r * 1.1},${r}Z`,
+  star: (r) => `M${Array.from({ length: 10 }, (_, n) => { const a = (n * Math.PI) / 5 - Math.PI / 2, d = r * (n % 2 ? 0.62 : 1.35); return `${(d * Math.cos(a)).toFixed(2)},${(d * Math.sin(a)).toFixed(2)}`; }).join("L")}Z`,
 };
 const SHAPES = Object.keys(MARKS);
 const DENSE = new Set(DATA.runs.filter((run) => run.facts.method === "dense").map((run) => run.label));
@@ -99,7 +99,7 @@ const STYLES = (() => {
     else if (usual > 0) styles.set(label, { colour: usual, shape: SHAPES[(usual + 6) % 7], dash: null });
     else {
       const colour = extra < free.length ? free[extra] : 1 + (extra % 7);
-      styles.set(label, { colour, shape: SHAPES[(colour + 6 + Math.floor(extra / 7)) % 7], dash: extra < free.length ? null : "2 4" });
+      styles.set(label, { colour, shape: SHAPES[(colour + 6 + (extra < free.length ? 0 : 1 + Math.floor(extra / 7))) % 7], dash: extra < free.length ? null : "2 4" });
       extra += 1;
     }
   }

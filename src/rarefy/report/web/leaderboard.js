@@ -15,7 +15,7 @@ function againstTip(row, name) {
 const up = 1, down = -1; // which way is better
 const COLUMNS = [
   { key: "label", text: "Method", value: (r) => r.label, cell: (r) => [swatch(r.label), r.label] },
-  { key: "sparsity", text: "Sparsity", value: (r) => r.sparsity_asked ?? 0, cell: (r) => two(percent(r.sparsity_asked ?? 0), r.sparsity !== null && Math.abs(r.sparsity - (r.sparsity_asked ?? 0)) > 5e-6 ? `got ${percent(r.sparsity, 2)}` : null),
+  { key: "sparsity", text: "Sparsity", value: (r) => r.sparsity_asked ?? 0, cell: (r) => two(percent(r.sparsity_asked ?? 0), r.method === "small-dense" ? "narrower net" : r.sparsity !== null && Math.abs(r.sparsity - (r.sparsity_asked ?? 0)) > 5e-6 ? `got ${percent(r.sparsity, 2)}` : null),
     tip: "fraction of zeros asked for; below it what the prunable layers really have" },
   { key: "accuracy", text: "Accuracy, %", better: up, value: (r) => r.accuracy, cell: (r) => [points(r.accuracy)], after: (r) => (r.accuracy_sd === null ? null : el("span", { class: "sd" }, ` \u00b1 ${points(r.accuracy_sd)}`)), tip: "mean and standard deviation over seeds" },
   { key: "n", text: "Seeds", value: (r) => r.n, cell: (r) => (r.n === r.total ? String(r.n) : `${r.n} of ${r.total}`), tip: "finished runs" },
@@ -29,7 +29,7 @@ const COLUMNS = [
   { key: "peak_memory", text: "Peak memory", better: down, value: (r) => r.peak_memory, cell: (r) => si(r.peak_memory, "B"), tip: "measured, of the process" },
 ];
 
-// label+sparsity rows whose value is best among the rows of their sparsity, unless all are equal there
+// rows whose value is best among the rows of their sparsity, as far as the digits shown tell; none where all are equal
 function bestRows(column) {
   const best = new Set();
   if (!column.better) return best;
@@ -37,7 +37,9 @@ function bestRows(column) {
     const rows = DATA.rows.filter((row) => row.sparsity_asked === level && column.value(row) !== null);
     if (level === null || rows.length < 2) continue;
     const sorted = rows.map(column.value).sort((a, b) => (b - a) * column.better);
-    if (sorted[0] !== sorted[sorted.length - 1]) rows.filter((row) => column.value(row) === sorted[0]).forEach((row) => best.add(row));
+    const text = (row) => column.cell(row).toString(), leader = rows.find((row) => column.value(row) === sorted[0]);
+    const equal = rows.filter((row) => text(row) === text(leader));
+    if (equal.length < rows.length) equal.forEach((row) => best.add(row));
   }
   return best;
 }

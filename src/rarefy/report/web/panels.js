@@ -166,12 +166,13 @@ function drawOverlap(parent) {
   const draw = live(() => {
     const width = widthOf(host), count = matrix.names.length;
     const name = Math.min(130, 16 + 7.2 * Math.max(...matrix.names.map((text) => text.length)));
-    const cell = Math.max(20, Math.min(64, (width - name - 8) / count)), tall = Math.min(cell, 46), top = cell < 58 ? 74 : 26;
+    const cell = Math.max(20, Math.min(84, (width - name - 8) / count)), tall = Math.min(cell, 46);
+    const tilted = Math.max(...matrix.names.map((text) => Math.min(12, text.length))) * 7.2 + 6 > cell, top = tilted ? 74 : 26;
     const root = svg("svg", { class: "plot heat", viewBox: `0 0 ${width} ${top + count * tall + 6}`, role: "img", "aria-label": matrix.title });
     matrix.names.forEach((text, row) => {
       root.append(svg("text", { class: "name", x: name - 8, y: top + row * tall + tall / 2 + 4, "text-anchor": "end" }, short(text, Math.floor(name / 7.2))));
       const x = name + row * cell + cell / 2;
-      root.append(top > 30 ? svg("text", { class: "name", transform: `translate(${x + 4} ${top - 8}) rotate(-50)` }, short(text, 12)) : svg("text", { class: "name", x, y: top - 9, "text-anchor": "middle" }, short(text, Math.max(3, Math.floor(cell / 7)))));
+      root.append(tilted ? svg("text", { class: "name", transform: `translate(${x + 4} ${top - 8}) rotate(-50)` }, short(text, 12)) : svg("text", { class: "name", x, y: top - 9, "text-anchor": "middle" }, short(text, 12)));
       matrix.names.forEach((other, column) => {
         const value = matrix.values[row][column], chance = matrix.chance[row][column], self = row === column;
         const group = svg("g", { tabindex: self ? null : 0, role: "img", "data-value": value, "aria-label": `${text} and ${other}: ${value === null ? "not comparable" : value.toFixed(2)}` });

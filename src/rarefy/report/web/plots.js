@@ -114,7 +114,8 @@ function lineChart(host, series, { yText, yLabel, log, height = 300, label, mark
     if (zero) low = 0; else low -= pad;
     high += pad;
   }
-  const x = scale(lowest(steps), highest(steps), left, width - right);
+  const first = lowest(steps), room = (highest(steps) - first || 1) * 0.015;
+  const x = scale(Math.max(0, first - room), highest(steps) + room, left, width - right);
   const y = scale(low, high, height - bottom, top, log);
   const rows = Math.max(3, Math.round(height / 60));
   const { root, layer } = frame(host, {

@@ -56,7 +56,7 @@ function drawEvents(host, run, layer) {
   const { root } = frame(host, {
     width, height, left, right, top, bottom: height - top - upper, label: `Weights grown and dropped at each update of ${runText(run)}`,
     x: { map: x, ticks: lower ? [] : ticks(x.from, x.to, Math.max(2, Math.round(width / 110))), text: (v) => whole(v) },
-    y: { map: y, ticks: ticks(y.from, y.to, 5), text: (v) => tidy(Math.abs(v)), label: topology.joined > 1 ? "weights per update (mean)" : "weights per update" },
+    y: { map: y, ticks: ticks(y.from, y.to, 5), text: (v) => (Math.abs(v) >= 1e5 ? si(Math.abs(v)) : whole(Math.abs(v))), label: topology.joined > 1 ? "weights per update (mean)" : "weights per update" },
   });
   const swatches = [["grown", "grown"], ["dropped", "dropped"]].filter(([kind]) => (kind === "grown" ? !onlyDrops : !onlyGrows));
   swatches.forEach(([kind, text], index) => root.append(svg("rect", { class: `bar ${kind}`, x: width - right - (swatches.length - index) * 86 + 12, y: 7, width: 11, height: 11, rx: 2 }), svg("text", { x: width - right - (swatches.length - index) * 86 + 29, y: 17 }, text)));
@@ -96,7 +96,7 @@ function drawStrip(host, run) {
   const width = widthOf(host), left = Math.min(190, 26 + 7 * Math.max(...topology.layers.map((name) => name.length))), right = 16;
   const tall = topology.layers.length > 20 ? 15 : 24, top = 44, wide = (width - left - right) / columns;
   const root = svg("svg", { class: "plot heat", viewBox: `0 0 ${width} ${top + tall * topology.layers.length + 26}`, role: "img", "aria-label": "Share of each layer's weights exchanged at each update" });
-  root.append(svg("text", { x: 0, y: 30 }, `share of a layer\u2019s weights that an update changed (darkest: ${percent(most, 1)})`));
+  root.append(svg("text", { x: 0, y: 30 }, `share of a layer\u2019s weights that an update changed (strongest colour: ${percent(most, 1)})`));
   topology.layers.forEach((name, row) => {
     root.append(svg("text", { class: "name", x: left - 8, y: top + row * tall + tall / 2 + 4, "text-anchor": "end" }, short(name, Math.floor(left / 7))));
     share[row].forEach((value, column) => {

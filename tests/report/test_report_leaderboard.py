@@ -1,0 +1,123 @@
+"""The numbers of the leaderboard against independent ones, on the terminal and in table.json."""
+
+from __future__ import annotations
+
+import io
+import json
+import runpy
+import statistics
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+from scipy import stats
+
+from rarefy.report import collect, leaderboard, print_leaderboard, write_table
+from rarefy.report.numbers import duration, points, si, times
+
+fake = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("fake_runs.py"))))
+
+
+def result(folder: Path, name: str) -> dict[str, float]:
+    found: dict[str, float] = json.loads((folder / name / "result.json").read_text())
+    return found
+
+
+def test_means_spreads_and_paired_differences_agree_with_scipy(tmp_path: Path) -> None:
+    folder = fake.comparison(tmp_path, breakages=False, seeds=range(5))
+    rows = {(row.label, row.sparsity_asked): row for row in leaderboard(collect(folder))}
+    assert len(rows) == 15
+    row = rows["rigl", 0.98]
+    ours = [result(folder, f"rigl-0.98-s{seed}") for seed in range(5)]
+    accuracy = [one["accuracy"] for one in ours]
+    assert row.n == row.total == 5 and row.seeds == (0, 1, 2, 3, 4)
+    assert row.accuracy == pytest.approx(statistics.mean(accuracy), rel=1e-14)
+    assert row.accuracy_sd == pytest.approx(statistics.stdev(accuracy), rel=1e-12)
+    assert row.flops_ratio == pytest.approx(ours[0]["flops"] / ours[0]["flops_dense"])
+    assert row.seconds == pytest.approx(statistics.mean(one["seconds"] for one in ours))
+    for name in ("static", "small-dense"):
+        base = [result(folder, f"{name}-0.98-s{seed}")["accuracy"] for seed in range(5)]
+        test = stats.ttest_rel(accuracy, base)
+        found = row.against[name]
+        assert found is not None
+        low, high = test.confidence_interval(0.95)
+        assert (found.low, found.high, found.p) == pytest.approx((low, high, test.pvalue), rel=1e-9)
+        assert found.p_holm is not None and found.p is not None and found.p_holm >= found.p
+    assert "static" not in rows["static", 0.98].against
+    assert rows["dense", None].against == {}
+
+
+def test_pairs_are_made_by_seed_even_where_some_are_lacking(tmp_path: Path) -> None:
+    for seed, accuracy in ((0, 0.5), (1, 0.6), (2, 0.7)):
+        fake.run(tmp_path / f"static-0.9-s{seed}", "static", 0.9, seed, accuracy=accuracy)
+    for seed, accuracy in ((1, 0.65), (2, 0.73), (7, 0.1)):
+        fake.run(tmp_path / f"rigl-0.9-s{seed}", "rigl", 0.9, seed, accuracy=accuracy)
+    row = next(row for row in leaderboard(collect(tmp_path)) if row.label == "rigl")
+    found = row.against["static"]
+    assert found is not None and found.n == 2
+    assert found.mean == pytest.approx(0.04)
+
+
+def test_a_method_without_a_finished_run_keeps_its_row(tmp_path: Path) -> None:
+    fake.run(tmp_path / "static-0.9-s0", "static", 0.9, 0)
+    fake.run(tmp_path / "set-0.9-s0", "set", 0.9, 0, status="failed", error="no memory", accuracy=None)
+    rows = leaderboard(collect(tmp_path))
+    assert [(row.label, row.n, row.total, row.accuracy is None) for row in rows] == [
+        ("static", 1, 1, False),
+        ("set", 0, 1, True),
+    ]
+    assert rows[0].accuracy_sd is None
+
+
+def test_labels_separate_variants_of_one_method(tmp_path: Path) -> None:
+    for label in ("static", "static (uniform)"):
+        fake.run(tmp_path / f"{label}-0.9-s0", "static", 0.9, 0, label=label)
+    rows = {row.label: row for row in leaderboard(collect(tmp_path))}
+    found = rows["static (uniform)"].against["static"]
+    assert found is not None and found.mean == 0.0 and found.low is None
+
+
+def test_table_json_is_plain_and_whole(tmp_path: Path) -> None:
+    comparison = collect(fake.comparison(tmp_path / "cmp"))
+    rows = leaderboard(comparison)
+    path = write_table(tmp_path / "cmp" / "table.json", comparison, rows)
+    read = json.loads(path.read_text())
+    assert len(read["rows"]) == len(rows) == 15
+    assert read["rows"][0]["accuracy"] == rows[0].accuracy
+    assert {entry["run"] for entry in read["not_counted"]} == {run.name for run in comparison.problems}
+    assert not list(path.parent.glob(".*"))
+
+
+@pytest.mark.parametrize("width", [70, 100, 170])
+def test_the_terminal_table_fits_its_width_and_takes_text_as_text(tmp_path: Path, width: int) -> None:
+    folder = fake.comparison(tmp_path / "cmp")
+    fake.run(folder / "odd-0.9-s0", "rigl", 0.9, 0, label="[red]\x1b[31mrigl[/red]\ud800", accuracy=0.91)
+    fake.run(folder / "bad-0.9-s0", "rigl", 0.9, 0, label="bad", status="failed", error="[bold]\x1b[2J", accuracy=None)
+    comparison = collect(folder)
+    out = io.StringIO()
+    print_leaderboard(Console(file=out, width=width, force_terminal=False), leaderboard(comparison), comparison)
+    text = out.getvalue()
+    text.encode("utf-8")
+    assert "\x1b" not in text
+    assert "[red]" in text and "[bold]" in text
+    assert all(len(line) <= width for line in text.splitlines())
+    row = next(row for row in leaderboard(comparison) if row.label == "rigl" and row.sparsity_asked == 0.9)
+    assert f"{points(row.accuracy)} ± {points(row.accuracy_sd)}" in text
+    assert ("left out for the terminal" in text) == (width < 170)
+
+
+def test_numbers_are_short() -> None:
+    assert [si(value) for value in (0, 12, 999, 1000, 26611, 266610, 1.2e9)] == [
+        "0",
+        "12",
+        "999",
+        "1.00 k",
+        "26.6 k",
+        "267 k",
+        "1.20 G",
+    ]
+    assert si(1_066_440, "B") == "1.07 MB" and si(None) == "-"
+    assert (times(0.1023), times(1.0), times(None)) == ("0.102x", "1.00x", "-")
+    assert (points(0.97413), points(0.0042, sign=True), points(-0.0042, sign=True)) == ("97.41", "+0.42", "-0.42")
+    assert [duration(value) for value in (9.71, 125.4, 7300.0)] == ["9.7 s", "2 min 5 s", "2 h 1 min"]
