@@ -11,7 +11,9 @@ from rarefy import Sparsifier
 
 def mlp(seed: int = 0) -> nn.Sequential:
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(12, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 20), nn.ReLU(), nn.Linear(20, 5))
+    return nn.Sequential(
+        nn.Linear(12, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 20), nn.ReLU(), nn.Linear(20, 5)
+    )
 
 
 def batch(seed: int, size: int = 16) -> tuple[Tensor, Tensor]:

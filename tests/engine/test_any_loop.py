@@ -230,16 +230,22 @@ def test_export_sees_plain_parameters() -> None:
 
 def test_several_param_groups_and_clipping_see_kept_weights_only() -> None:
     model = mlp()
-    optimizer = torch.optim.AdamW([
-        {"params": model[0].parameters(), "lr": 0.1, "weight_decay": 0.5},
-        {"params": [*model[1].parameters(), *model[3].parameters()], "lr": 0.01},
-        {"params": model[5].parameters(), "lr": 0.0},
-    ])
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": model[0].parameters(), "lr": 0.1, "weight_decay": 0.5},
+            {"params": [*model[1].parameters(), *model[3].parameters()], "lr": 0.01},
+            {"params": model[5].parameters(), "lr": 0.0},
+        ]
+    )
     sparse = rarefy.sparsify(model, "rigl", sparsity=0.8, optimizer=optimizer, every=2)
     for step in range(5):
         backward(model, step)
-        kept = torch.cat([p.grad[sparse.layers[n].mask()] if n in sparse.layers else p.grad.flatten()
-                          for n, p in model.named_parameters()])
+        kept = torch.cat(
+            [
+                p.grad[sparse.layers[n].mask()] if n in sparse.layers else p.grad.flatten()
+                for n, p in model.named_parameters()
+            ]
+        )
         assert nn.utils.clip_grad_norm_(model.parameters(), 1.0) == pytest.approx(float(kept.norm()), rel=1e-5)
         optimizer.step()
         assert_sparse(sparse, 0.8)

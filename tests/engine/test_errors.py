@@ -51,7 +51,12 @@ BAD: list[tuple[str, dict[str, Any], type[RarefyError], str]] = [
     ("snip", {}, OptionError, "calibration"),
     ("snip", dict(calibration=[]), OptionError, "calibration set is empty"),
     ("snip", dict(calibration=[torch.zeros(2, 12)] * 2), OptionError, "pair"),
-    ("snip", dict(calibration=[(torch.full((4, 12), float("nan")), torch.zeros(4, dtype=torch.int64))]), OptionError, "not finite"),
+    (
+        "snip",
+        dict(calibration=[(torch.full((4, 12), float("nan")), torch.zeros(4, dtype=torch.int64))]),
+        OptionError,
+        "not finite",
+    ),
     ("small-dense", {}, OptionError, "narrower"),
     ("dense", dict(sparsity=0.5), OptionError, "no option 'sparsity'"),
 ]

@@ -46,7 +46,9 @@ def test_outside_the_mask_state_is_that_of_a_weight_that_never_moved(name: str) 
         optimizer.zero_grad()
         for layer in sparse.layers.values():
             weight, mask = layer.target.parameter, layer.mask()
-            state = {k: v for k, v in optimizer.state[weight].items() if isinstance(v, Tensor) and v.shape == weight.shape}
+            state = {
+                k: v for k, v in optimizer.state[weight].items() if isinstance(v, Tensor) and v.shape == weight.shape
+            }
             assert state.keys() == expected.keys()
             for key, value in state.items():
                 fresh = ~mask | (mask & ~before[layer.name])  # dropped, never kept, or grown just now
@@ -56,7 +58,9 @@ def test_outside_the_mask_state_is_that_of_a_weight_that_never_moved(name: str) 
 def test_a_weight_dropped_and_grown_at_once_keeps_value_and_state() -> None:
     model = nn.Sequential(nn.Linear(4, 4, bias=False))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    sparse = rarefy.sparsify(model, "rigl", sparsity=0.5, optimizer=optimizer, every=1, stop=100, drop_fraction=0.99, seed=1)
+    sparse = rarefy.sparsify(
+        model, "rigl", sparsity=0.5, optimizer=optimizer, every=1, stop=100, drop_fraction=0.99, seed=1
+    )
     layer = sparse.layers["0.weight"]
     mask = layer.mask()
     (model(torch.ones(1, 4)) * 0).sum().backward()  # no gradient anywhere: ties, so the lowest indices grow

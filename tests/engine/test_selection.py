@@ -116,7 +116,11 @@ def test_tied_weights_count_and_train_once() -> None:
         optimizer.step()
         optimizer.zero_grad()
     assert sparse.numel == 160
-    assert sparse.nnz == 40 == int(model[1].weight.count_nonzero()) + int((model[0].weight[sparse.layers["0.weight"].mask()] == 0).sum())
+    assert (
+        sparse.nnz
+        == 40
+        == int(model[1].weight.count_nonzero()) + int((model[0].weight[sparse.layers["0.weight"].mask()] == 0).sum())
+    )
 
 
 @pytest.mark.parametrize("module", [nn.MultiheadAttention(8, 2), nn.LSTM(8, 8, 2), nn.GRU(8, 8, bidirectional=True)])

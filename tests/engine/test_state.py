@@ -19,11 +19,17 @@ from rarefy.errors import StateError
 from tests.engine.common import assert_sparse, backward, mlp
 
 
-def make(method: str = "rigl", seed: int = 0, **options: Any) -> tuple[nn.Module, torch.optim.Optimizer, rarefy.Sparsifier]:
+def make(
+    method: str = "rigl", seed: int = 0, **options: Any
+) -> tuple[nn.Module, torch.optim.Optimizer, rarefy.Sparsifier]:
     model = mlp(seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     options = {"every": 2, **options} if method in ("rigl", "set", "gradual") else options
-    return model, optimizer, rarefy.sparsify(model, method, sparsity=0.8, optimizer=optimizer, total_steps=20, seed=seed, **options)
+    return (
+        model,
+        optimizer,
+        rarefy.sparsify(model, method, sparsity=0.8, optimizer=optimizer, total_steps=20, seed=seed, **options),
+    )
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
@@ -41,7 +47,10 @@ def test_resume_is_exact_in_any_order_of_loading(method: str, order: str, tmp_pa
 
     model, optimizer, sparse = make(method)
     train(model, optimizer, range(7))
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "sparse": sparse.state_dict()}, tmp_path / "c.pt")
+    torch.save(
+        {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "sparse": sparse.state_dict()},
+        tmp_path / "c.pt",
+    )
     saved = torch.load(tmp_path / "c.pt", weights_only=True)
 
     model, optimizer, sparse = make(method, seed=1)  # other weights, other masks, other generator

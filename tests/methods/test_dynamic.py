@@ -17,7 +17,9 @@ def one_update(method: str, **options: object) -> tuple[rarefy.Sparsifier, dict[
     """Make one update in float64 with lr 0 and return, per layer, mask before, weight, dense gradient and mask after."""
     model = mlp().double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    sparse = rarefy.sparsify(model, method, sparsity=0.7, optimizer=optimizer, every=1, drop_fraction=0.4, stop=100, **options)
+    sparse = rarefy.sparsify(
+        model, method, sparsity=0.7, optimizer=optimizer, every=1, drop_fraction=0.4, stop=100, **options
+    )
     before = {n: dict(mask=layer.mask(), weight=layer.weight().clone()) for n, layer in sparse.layers.items()}
     twin = mlp().double()  # the dense gradient by autograd, from a model that rarefy never saw
     twin.load_state_dict(model.state_dict())
@@ -79,7 +81,14 @@ def test_updates_follow_the_clock_and_the_cosine(method: str) -> None:
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     sparse = rarefy.sparsify(
-        model, method, sparsity=0.5, optimizer=optimizer, every=4, drop_fraction=0.5, total_steps=40, allocation="uniform"
+        model,
+        method,
+        sparsity=0.5,
+        optimizer=optimizer,
+        every=4,
+        drop_fraction=0.5,
+        total_steps=40,
+        allocation="uniform",
     )
     counts = []
     for step in range(40):

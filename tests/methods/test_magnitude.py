@@ -60,7 +60,15 @@ def test_gradual_follows_its_curve_exactly(curve: str, allocation: object) -> No
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
     sparse = rarefy.sparsify(
-        model, "gradual", sparsity=0.9, optimizer=optimizer, start=4, stop=25, every=5, curve=curve, allocation=allocation
+        model,
+        "gradual",
+        sparsity=0.9,
+        optimizer=optimizer,
+        start=4,
+        stop=25,
+        every=5,
+        curve=curve,
+        allocation=allocation,
     )
     shape = dict(
         cubic=lambda p: 1 - (1 - p) ** 3,

@@ -44,7 +44,9 @@ def gradients(sparse: Sparsifier) -> dict[str, Tensor]:
             weight.requires_grad_(True)
         try:
             for batch in sparse.calibration or ():
-                value = functional_call(_Objective(sparse.model, loss), {f"model.{k}": v for k, v in buffers.items()}, (batch,))
+                value = functional_call(
+                    _Objective(sparse.model, loss), {f"model.{k}": v for k, v in buffers.items()}, (batch,)
+                )
                 found = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
                 for name, gradient in zip(weights, found, strict=True):
                     if gradient is not None:

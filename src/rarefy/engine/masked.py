@@ -113,7 +113,9 @@ class MaskedLayer(Layer):
     @torch.no_grad()
     def keep(self, mask: Tensor) -> Change:
         if tuple(mask.shape) != self.shape or mask.dtype != torch.bool:
-            raise StateError(f"{self.name}: a mask must be bool {list(self.shape)}, not {mask.dtype} {list(mask.shape)}.")
+            raise StateError(
+                f"{self.name}: a mask must be bool {list(self.shape)}, not {mask.dtype} {list(mask.shape)}."
+            )
         old = self._here()
         mask = mask.to(old.device)
         kept = int(mask.sum())
@@ -233,7 +235,9 @@ class MaskedLayer(Layer):
             if bits is None and key == "explored":
                 continue
             if not isinstance(bits, Tensor) or bits.dtype != torch.uint8 or tuple(bits.shape) != (-(-self.numel // 8),):
-                raise StateError(f"{self.name} {list(self.shape)}: the saved {key} is not a bit mask of {self.numel} bits.")
+                raise StateError(
+                    f"{self.name} {list(self.shape)}: the saved {key} is not a bit mask of {self.numel} bits."
+                )
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -10,7 +10,15 @@ from rarefy.engine.sharing import Rule
 from rarefy.errors import OptionError, nearest
 from rarefy.patterns import Pattern, parse_pattern
 
-__all__ = ["check_allocation", "check_clock", "check_curve", "check_decay", "check_fraction", "check_pattern", "check_sparsity"]
+__all__ = [
+    "check_allocation",
+    "check_clock",
+    "check_curve",
+    "check_decay",
+    "check_fraction",
+    "check_pattern",
+    "check_sparsity",
+]
 
 
 def check_pattern(pattern: str | Pattern) -> None:
@@ -23,7 +31,9 @@ def check_sparsity(sparsity: float, pattern: str | Pattern) -> None:
     check_fraction("sparsity", sparsity)
     fixed = parse_pattern(pattern).fixed_sparsity
     if fixed is not None and abs(sparsity - fixed) > 1e-9:
-        raise OptionError(f"pattern={str(pattern)!r} makes {fixed:g} of the weights zero; sparsity={sparsity!r} contradicts it.")
+        raise OptionError(
+            f"pattern={str(pattern)!r} makes {fixed:g} of the weights zero; sparsity={sparsity!r} contradicts it."
+        )
 
 
 def check_allocation(rule: Rule) -> None:

@@ -177,7 +177,7 @@ def _as_list(selectors: Selector | Sequence[Selector] | None) -> list[Selector]:
     if selectors is None:
         return []
     items: list[Selector] = (
-        list(selectors) if isinstance(selectors, Sequence) and not isinstance(selectors, str) else [selectors]  # type: ignore[list-item]
+        list(selectors) if isinstance(selectors, Sequence) and not isinstance(selectors, str) else [selectors]
     )
     for item in items:
         if not (isinstance(item, str | re.Pattern | type) or callable(item)):

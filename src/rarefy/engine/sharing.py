@@ -51,7 +51,9 @@ def share(
                 f"{name} {list(layers[name].shape)}: its share of {kept[name]} weights is less than one unit of pattern "
                 f"{layers[name].pattern}. Lower the sparsity, or exclude this layer."
             )
-        warnings.warn(f"These layers keep no weight at all, so nothing passes through them: {', '.join(empty)}.", stacklevel=3)
+        warnings.warn(
+            f"These layers keep no weight at all, so nothing passes through them: {', '.join(empty)}.", stacklevel=3
+        )
     return result
 
 
@@ -65,7 +67,9 @@ def _by_layer(layers: Mapping[str, Layer], rule: Mapping[str, float]) -> dict[st
     idle = [glob for glob in rule if glob not in chosen.values()]
     bare = [f"{name} {list(layer.shape)}" for name, layer in layers.items() if name not in chosen]
     if idle or bare:
-        problems = [f"{glob!r} fits no layer that an earlier one leaves" for glob in idle] + [f"none fits {b}" for b in bare]
+        problems = [f"{glob!r} fits no layer that an earlier one leaves" for glob in idle] + [
+            f"none fits {b}" for b in bare
+        ]
         raise SelectionError(f"sparsities by layer name: {'; '.join(problems)}. Layers: {', '.join(layers)}.")
     return {escape(name): rule[glob] for name, glob in chosen.items()}
 

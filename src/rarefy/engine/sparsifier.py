@@ -56,7 +56,9 @@ class Sparsifier:
         storage: str = "masked",
     ) -> None:
         if storage not in STORAGES:
-            raise OptionError(f"storage={storage!r} is not known{nearest(storage, STORAGES)}; it is one of {[*STORAGES]}.")
+            raise OptionError(
+                f"storage={storage!r} is not known{nearest(storage, STORAGES)}; it is one of {[*STORAGES]}."
+            )
         if total_steps is not None and total_steps < 1:
             raise OptionError(f"total_steps={total_steps} must be at least 1, or None when it is not known.")
         if method.needs_calibration and calibration is None:
@@ -131,7 +133,9 @@ class Sparsifier:
         for name, layer in self.layers.items():
             dense, kept = report.layers.get(name, (None, None)) if report is not None else (None, None)
             rows.append(Row(name, layer.shape, str(layer.pattern), layer.nnz, layer.numel, kept, dense))
-        title = f"{self.method.name}: {self.sparsity:.2%} of {self.numel:,} weights are zero, after {self.step_count} steps"
+        title = (
+            f"{self.method.name}: {self.sparsity:.2%} of {self.numel:,} weights are zero, after {self.step_count} steps"
+        )
         whole = None if report is None else (report.sparse, report.dense)
         return Summary(title, rows, self.left_out + self._added_since(), whole)
 
@@ -163,7 +167,9 @@ class Sparsifier:
     def _clock(self) -> Optimizer:
         """Return the optimizer whose steps count: the last of those that hold sparse weights."""
         owners = [self._optimizers.owner(layer.target.parameter) for layer in self.layers.values()]
-        return next((o for o in reversed(self._optimizers.all) if any(o is owner for owner in owners)), self._optimizers.all[-1])
+        return next(
+            (o for o in reversed(self._optimizers.all) if any(o is owner for owner in owners)), self._optimizers.all[-1]
+        )
 
     def _advance(self) -> None:
         self.after_load()
@@ -294,7 +300,9 @@ class Sparsifier:
         layers = state["layers"]
         if list(layers) != list(self.layers) or list(state["kept_steps"]) != list(self.layers):
             odd = set(layers) ^ set(self.layers)
-            raise StateError(f"The state is of another model: these layers differ: {', '.join(sorted(odd)) or 'their order'}.")
+            raise StateError(
+                f"The state is of another model: these layers differ: {', '.join(sorted(odd)) or 'their order'}."
+            )
         for name, layer in self.layers.items():
             layer.check_state(layers[name])
 

@@ -25,7 +25,7 @@ def _find() -> dict[str, type[Method]]:
 _METHODS = _find()
 globals().update({cls.__name__: cls for cls in _METHODS.values()})
 
-__all__ = ["Method", "available", "make", *(cls.__name__ for cls in _METHODS.values())]  # noqa: PLE0604
+__all__ = ["Method", "available", "make", *(cls.__name__ for cls in _METHODS.values())]
 
 
 def available() -> dict[str, type[Method]]:

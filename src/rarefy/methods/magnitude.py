@@ -10,7 +10,14 @@ import torch
 
 from rarefy.allocation import SCORED
 from rarefy.engine import Layer, Method, Sparsifier
-from rarefy.engine.options import check_allocation, check_clock, check_curve, check_fraction, check_pattern, check_sparsity
+from rarefy.engine.options import (
+    check_allocation,
+    check_clock,
+    check_curve,
+    check_fraction,
+    check_pattern,
+    check_sparsity,
+)
 from rarefy.engine.sharing import Rule, share
 from rarefy.errors import OptionError
 from rarefy.patterns import Pattern

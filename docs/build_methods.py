@@ -1,0 +1,55 @@
+"""Write one page for each method from its docstring: `python docs/build_methods.py` (a test checks that they are current)."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+
+from rarefy import methods
+
+FOLDER = Path(__file__).parent / "methods"
+
+
+def options_as_list(text: str) -> str:
+    """Turn the indented block under "Options" into a list; equations, indented too, stay blocks."""
+    lines, inside = [], False
+    for line in text.splitlines():
+        if line.startswith("Options") and line.endswith(":"):
+            inside = True
+            lines += [line, ""]
+        elif inside and re.match(r"    \S", line):
+            names, _, rest = line.strip().partition(":")
+            lines.append(f"- `{names}`:{rest}")
+        elif inside and line.startswith("        "):
+            lines.append("  " + line.strip())
+        else:
+            inside = False
+            lines.append(line)
+    return "\n".join(lines)
+
+
+def pages() -> dict[str, str]:
+    """Return file name -> text."""
+    result = {}
+    lines = ["# Methods", "", "One page each, made from the docstrings; `rarefy methods NAME` prints the same.", ""]
+    for name, cls in methods.available().items():
+        text = inspect.cleandoc(cls.__doc__ or "")
+        first, _, rest = text.partition("\n")
+        call = f'rarefy.sparsify(model, "{name}", sparsity=0.9, optimizer=optimizer)'
+        if cls.needs_calibration:
+            call = call.replace(")", ", calibration=[batch])")
+        use = "" if name in ("dense", "small-dense") else f"```python\n{call}\n```\n\n"
+        body = options_as_list(rest.strip("\n"))
+        result[f"{name}.md"] = f"# {name}\n\n**{first}**\n\n{use}{body}\n"
+        lines.append(f"- [{name}]({name}.md): {first}")
+    result["README.md"] = "\n".join(lines) + "\n"
+    return result
+
+
+if __name__ == "__main__":
+    FOLDER.mkdir(exist_ok=True)
+    for old in FOLDER.glob("*.md"):
+        old.unlink()
+    for file, text in pages().items():
+        (FOLDER / file).write_text(text, encoding="utf-8")
