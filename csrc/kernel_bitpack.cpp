@@ -101,6 +101,22 @@ inline void unpack64(const std::uint8_t* in, std::uint8_t* out) {
     }
 }
 
+#elif defined(__SSE2__)
+
+inline void unpack64(const std::uint8_t* in, std::uint8_t* out) {
+    const __m128i each = _mm_set1_epi64x(static_cast<long long>(0x8040201008040201ULL)), one = _mm_set1_epi8(1);
+    for (int quarter = 0; quarter < 4; ++quarter) {
+        std::uint16_t bits;
+        std::memcpy(&bits, in + 2 * quarter, 2);
+        __m128i v = _mm_cvtsi32_si128(bits);  // two bytes, spread to eight of each by doubling three times
+        v = _mm_unpacklo_epi8(v, v);
+        v = _mm_shufflelo_epi16(v, 0x50);
+        v = _mm_shuffle_epi32(v, 0x50);
+        v = _mm_min_epu8(_mm_and_si128(v, each), one);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 16 * quarter), v);
+    }
+}
+
 #else
 
 inline void unpack64(const std::uint8_t* in, std::uint8_t* out) {

@@ -151,50 +151,46 @@ template <class T> void finish(const T* x, std::size_t n, Key<T> t, std::size_t 
     }
 }
 
-// Ranks by comparing every pair of a row, `lanes` rows side by side. Width is the row's length, or 0 when known only at run time.
-constexpr std::size_t lanes = 32, longest = 64;
-
-template <class T, std::size_t Width>
-bool rank_rows(const T* x, std::size_t rows, std::size_t run_width, const std::int64_t* k, std::size_t k_step,
-               std::uint8_t* mask) {
-    const std::size_t width = Width != 0 ? Width : run_width;
-    Key<T> key[longest * lanes], rank[longest * lanes], quota[lanes], nan = 0;
-    for (std::size_t at = 0; at < rows; at += lanes) {
-        const std::size_t here = rows - at < lanes ? rows - at : lanes;
-        const T* in = x + at * width;
-        for (std::size_t r = 0; r < lanes; ++r) {
-            const std::size_t row = r < here ? r : 0;  // idle lanes repeat the first row
-            quota[r] = static_cast<Key<T>>(k[(at + row) * k_step]);
-            for (std::size_t i = 0; i < width; ++i) {
-                const Key<T> bits = bits_of(in + row * width + i);
-                nan |= magnitude<T>(bits) > infinity_bits<T> ? Key<T>{1} : Key<T>{0};
-                key[i * lanes + r] = key_of<T>(bits);
-            }
-        }
-        for (std::size_t i = 0; i < width * lanes; ++i) rank[i] = 0;
-        for (std::size_t i = 0; i < width; ++i)
-            for (std::size_t j = i + 1; j < width; ++j)
-                for (std::size_t r = 0; r < lanes; ++r) {
-                    const Key<T> later_wins = key[j * lanes + r] > key[i * lanes + r] ? Key<T>{1} : Key<T>{0};
-                    rank[i * lanes + r] += later_wins;
-                    rank[j * lanes + r] += Key<T>{1} - later_wins;
-                }
-        std::uint8_t* out = mask + at * width;
-        for (std::size_t r = 0; r < here; ++r)
-            for (std::size_t i = 0; i < width; ++i) out[r * width + i] = rank[i * lanes + r] < quota[r] ? 1 : 0;
-    }
-    return nan != 0;
-}
-
+// Short rows: the rank of an entry is how many of its row beat it, being larger, or equal and earlier. Many rows are laid end to
+// end, and each is compared with itself shifted by 1, 2, ...: whole vectors at a time, whatever the width.
 template <class T>
 bool short_rows(const T* x, std::size_t rows, std::size_t width, const std::int64_t* k, std::size_t k_step,
                 std::uint8_t* mask) {
-    switch (width) {
-        case 4: return rank_rows<T, 4>(x, rows, width, k, k_step, mask);
-        case 8: return rank_rows<T, 8>(x, rows, width, k, k_step, mask);
-        case 16: return rank_rows<T, 16>(x, rows, width, k, k_step, mask);
-        default: return rank_rows<T, 0>(x, rows, width, k, k_step, mask);
+    constexpr std::size_t room = 512, longest = 16;
+    using K = Key<T>;
+    K padded[room + 2 * longest] = {}, rank[room], place[room], quota[room], nan = 0;
+    K* const key = padded + longest;  // the padding lets a shift run over the ends; `place` discounts what it brings in
+    const std::size_t step = room / width;
+    const K w = static_cast<K>(width);
+    for (std::size_t i = 0; i < step * width; ++i) {
+        place[i] = static_cast<K>(i % width);
+        quota[i] = static_cast<K>(k[0]);
     }
+    for (std::size_t at = 0; at < rows; at += step) {
+        const std::size_t n = (rows - at < step ? rows - at : step) * width;
+        const T* in = x + at * width;
+        for (std::size_t i = 0; i < n; ++i) {
+            const K bits = bits_of(in + i);
+            nan |= magnitude<T>(bits) > infinity_bits<T> ? K{1} : K{0};
+            key[i] = key_of<T>(bits);
+            rank[i] = 0;
+        }
+        for (std::size_t shift = 1; shift < width; ++shift) {
+            const K s = static_cast<K>(shift);
+            const K *later = key + shift, *earlier = key - shift;
+            for (std::size_t i = 0; i < n; ++i) {
+                const K by_later = (later[i] > key[i] ? K{1} : K{0}) & (place[i] < w - s ? K{1} : K{0});
+                const K by_earlier = (earlier[i] >= key[i] ? K{1} : K{0}) & (place[i] >= s ? K{1} : K{0});
+                rank[i] += by_later + by_earlier;
+            }
+        }
+        if (k_step != 0)
+            for (std::size_t r = 0; r < n / width; ++r)
+                for (std::size_t i = 0; i < width; ++i) quota[r * width + i] = static_cast<K>(k[(at + r) * k_step]);
+        std::uint8_t* out = mask + at * width;
+        for (std::size_t i = 0; i < n; ++i) out[i] = rank[i] < quota[i] ? 1 : 0;
+    }
+    return nan != 0;
 }
 
 template <class T> SelectKernels<T> table() {

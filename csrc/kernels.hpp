@@ -35,7 +35,7 @@ template <class T> struct SelectKernels {
                            std::uint32_t* out_at, std::size_t room);
     // mask = key > t, and the first `ties` of those equal to t.
     void (*finish)(const T* x, std::size_t n, Key<T> t, std::size_t ties, std::uint8_t* mask);
-    // Rows of `width` <= 64 scores, each with its own k (k[0] for all when k_step is 0); true when a NaN was met.
+    // Rows of `width` <= 16 scores, each with its own k (k[0] for all when k_step is 0); true when a NaN was met.
     bool (*short_rows)(const T* x, std::size_t rows, std::size_t width, const std::int64_t* k, std::size_t k_step,
                        std::uint8_t* mask);
 };

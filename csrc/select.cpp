@@ -20,7 +20,7 @@
 namespace rarefy {
 namespace {
 
-constexpr std::size_t shortest_long_row = std::size_t{1} << 16;
+constexpr std::size_t longest_short_row = 16, shortest_long_row = std::size_t{1} << 16;
 
 template <class T> const SelectKernels<T>& table() {
     if constexpr (std::is_same_v<T, float>)
@@ -217,7 +217,7 @@ bool select_k(const T* x, std::size_t rows, std::size_t n, const std::int64_t* k
     if (rows == 0 || n == 0) return false;
     const std::size_t all = rows * n;
     std::atomic<bool> nan{false};
-    if (n <= 64) {
+    if (n <= longest_short_row) {
         const Cuts cut{rows, 32, pieces(rows, threads, std::max<std::size_t>((std::size_t{1} << 16) / n, 1))};
         parallel(cut.parts, threads, [&](std::size_t i) {
             const std::size_t from = cut(i);

@@ -160,7 +160,20 @@ def test_select_tells_doubles_apart_that_are_one_float(level: str) -> None:
 
 @pytest.mark.parametrize(
     "shape",
-    [(1, 4), (33, 4), (5000, 4), (40_001, 4), (100, 7), (65, 8), (70, 16), (5, 64), (9, 65), (300, 576), (3, 70_000)],
+    [
+        (1, 4),
+        (33, 4),
+        (5000, 4),
+        (40_001, 4),
+        (100, 7),
+        (65, 8),
+        (70, 16),
+        (70, 17),
+        (5, 64),
+        (9, 65),
+        (300, 576),
+        (3, 70_000),
+    ],
 )
 def test_rows_are_selected_one_by_one(shape: tuple[int, int], level: str, threads: int) -> None:
     rows, n = shape

@@ -1,7 +1,7 @@
 """Runs from one configuration, comparisons of many, and callbacks for other people's loops.
 
-`SparsityCallback` (Lightning) and `HFSparsityCallback` (Hugging Face Trainer) import their framework when they are first
-asked for; without it they raise an error that names the extra to install.
+`SparsityCallback` (Lightning) and `HFSparsityCallback` (Hugging Face Trainer) import their framework when they are
+first asked for; without it they raise an error that names the extra to install.
 """
 
 from __future__ import annotations

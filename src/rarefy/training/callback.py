@@ -24,9 +24,9 @@ except ImportError as error:
 class SparsityCallback(pl.Callback):
     """Makes the module sparse when training starts, keeps it so, and travels with Lightning's checkpoints.
 
-    Works with automatic optimisation (closures), manual optimisation, gradient accumulation and clipping, every precision,
-    and `trainer.fit(..., ckpt_path=...)` at any step. The zeros stay in the module's own parameters: its forward pass,
-    its names and its state dict do not change.
+    Works with automatic optimisation (closures), manual optimisation, gradient accumulation and clipping, every
+    precision, and `trainer.fit(..., ckpt_path=...)` at any step. The zeros stay in the module's own parameters: its
+    forward pass, its names and its state dict do not change.
 
         trainer = lightning.Trainer(callbacks=[SparsityCallback("rigl", sparsity=0.9, every=100)])
 
@@ -44,8 +44,8 @@ class SparsityCallback(pl.Callback):
     Attributes:
         sparse: the `Sparsifier`, from the start of training on; None before.
 
-    Logs "sparsity" at the end of every epoch where the trainer has a logger. Raises what `rarefy.sparsify` raises, at the
-    start of training.
+    Logs "sparsity" at the end of every epoch where the trainer has a logger. Raises what `rarefy.sparsify` raises, at
+    the start of training.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class SparsityCallback(pl.Callback):
         self.total_steps = total_steps
         self.seed = seed
         self.finalize = finalize
-        self.options = options
+        self.options: dict[str, Any] = options
         self.sparse: Sparsifier | None = None
         self._saved: dict[str, Any] | None = None
 
@@ -136,11 +136,11 @@ class SparsityCallback(pl.Callback):
             steps = trainer.estimated_stepping_batches
         total = int(steps) if steps is not None and math.isfinite(steps) and steps > 0 else None
         training = module.training
+        options = self.options if self.sparsity is None else {"sparsity": self.sparsity, **self.options}
         with torch.enable_grad():  # SNIP and its kind need gradients of the calibration batches
             sparse = rarefy.sparsify(
                 self._target(module),
                 self.method,
-                **({} if self.sparsity is None else {"sparsity": self.sparsity}),
                 optimizer=trainer.optimizers,
                 include=self.include,
                 exclude=self.exclude,
@@ -148,7 +148,7 @@ class SparsityCallback(pl.Callback):
                 loss=self.loss,
                 total_steps=total,
                 seed=self.seed,
-                **self.options,
+                **options,
             )
         module.train(training)
         return sparse

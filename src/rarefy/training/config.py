@@ -32,8 +32,8 @@ class Part(BaseModel):
 class OptimizerConfig(Part):
     """An optimizer of `torch.optim` by its class name (any case), with its own options beside `lr`.
 
-    `momentum`, `nesterov`, `weight_decay`, `betas` and so on are the arguments of that class; one that it does not have is
-    refused. Default: SGD, lr 0.1, momentum 0.9 with Nesterov, weight decay 1e-4 (the MNIST flags of the RigL code).
+    `momentum`, `nesterov`, `weight_decay`, `betas` and so on are the arguments of that class; one that it does not have
+    is refused. Default: SGD, lr 0.1, momentum 0.9 with Nesterov, weight decay 1e-4 (the MNIST flags of the RigL code).
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)

@@ -6,8 +6,6 @@ import datetime
 import json
 import math
 import os
-import platform
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -21,7 +19,9 @@ from rarefy.training.reading import read_mapping, validate
 
 Status = Literal["finished", "failed", "interrupted"]
 
-HEADER = "# A rarefy run. `rarefy train --resume` on this folder continues it; `rarefy train --config` on this file repeats it.\n"
+HEADER = (
+    "# A rarefy run: `rarefy train --resume FOLDER` continues it, `rarefy train THIS_FILE --name NEW` repeats it.\n"
+)
 
 
 class RunFolder:
@@ -85,8 +85,8 @@ class Metrics:
         if size < length:
             self._file.close()
             raise StateError(
-                f"{path} holds {size} bytes, but {length} were there when the checkpoint was written: it was changed since. "
-                "Start the run again in another folder."
+                f"{path} holds {size} bytes, but {length} were there when the checkpoint was written: it was changed "
+                "since. Start the run again in another folder."
             )
         self._file.truncate(length)
 
@@ -122,32 +122,19 @@ def finite(value: Any) -> Any:
 
 
 def environment(threads: int) -> dict[str, Any]:
-    """Return what the run's numbers depend on beside its configuration: versions, processor, threads, native kernels."""
-    import torch
-
+    """Return what the run's numbers depend on beside its configuration: versions, processor, threads, kernels."""
     import rarefy
-    from rarefy import kernels
 
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    found = rarefy.show_config()
     return {
-        "python": sys.version.split()[0],
-        "torch": torch.__version__,
+        "python": found.python,
+        "torch": found.torch,
         "rarefy": rarefy.__version__,
-        "cpu": _processor(),
+        "cpu": found.cpu,
         "cores": os.cpu_count(),
-        "gpu": gpu,
+        "gpu": found.cuda,
         "threads": threads,
-        "native": kernels.native_config(),
-        "platform": platform.platform(),
+        "native": found.asdict(),
+        "platform": found.platform,
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

@@ -24,13 +24,13 @@ STATE_FILE = "sparsifier.pt"
 
 
 class HFSparsityCallback(TrainerCallback):
-    """Makes the model sparse when the Hugging Face Trainer starts, keeps it so, and saves its state with each checkpoint.
+    """Makes the model sparse when the Hugging Face Trainer starts, keeps it so, and is saved with each checkpoint.
 
         trainer = transformers.Trainer(model, args, callbacks=[HFSparsityCallback("rigl", sparsity=0.9, every=50)])
         trainer.train()                                # or trainer.train(resume_from_checkpoint=True)
 
-    The sparsifier's state lies beside the rest of a checkpoint as `sparsifier.pt` (read with `weights_only=True`). Schedules
-    that are fractions of the run count in `state.max_steps`.
+    The sparsifier's state lies beside the rest of a checkpoint as `sparsifier.pt` (read with `weights_only=True`).
+    Schedules that are fractions of the run count in `state.max_steps`.
 
     Args:
         method: a method's name or a `rarefy.engine.Method`.
@@ -68,7 +68,7 @@ class HFSparsityCallback(TrainerCallback):
         self.loss = loss
         self.seed = seed
         self.finalize = finalize
-        self.options = options
+        self.options: dict[str, Any] = options
         self.sparse: Sparsifier | None = None
 
     def on_train_begin(
@@ -82,10 +82,10 @@ class HFSparsityCallback(TrainerCallback):
         # The Trainer has restored weights and optimizer by now; drawing new masks would zero some of them.
         weights = {name: value.clone() for name, value in model.state_dict().items()} if resumed else {}
         optimizer_state = _copy(optimizer.state_dict()) if resumed else {}
+        options = self.options if self.sparsity is None else {"sparsity": self.sparsity, **self.options}
         self.sparse = rarefy.sparsify(
             model,
             self.method,
-            **({} if self.sparsity is None else {"sparsity": self.sparsity}),
             optimizer=optimizer,
             include=self.include,
             exclude=self.exclude,
@@ -93,7 +93,7 @@ class HFSparsityCallback(TrainerCallback):
             loss=self.loss,
             total_steps=state.max_steps if state.max_steps > 0 else None,
             seed=self.seed,
-            **self.options,
+            **options,
         )
         if resumed:
             self.sparse.load_state_dict(_saved_state(args, state))
@@ -119,6 +119,8 @@ class HFSparsityCallback(TrainerCallback):
         """Add the sparsity to what the Trainer logs."""
         if self.sparse is not None and logs is not None:
             logs["sparsity"] = self.sparse.sparsity
+            if state.log_history:  # the Trainer has already copied its logs there
+                state.log_history[-1]["sparsity"] = self.sparse.sparsity
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -145,6 +147,6 @@ def _saved_state(args: TrainingArguments, state: TrainerState) -> dict[str, Any]
             loaded: dict[str, Any] = torch.load(folder / STATE_FILE, weights_only=True, map_location="cpu")
             return loaded
     raise StateError(
-        f"training resumes at step {state.global_step}, but there is no {STATE_FILE} in {places[0]}: that checkpoint was "
-        "saved without HFSparsityCallback, or lies elsewhere. Keep the Trainer's output_dir, or start without resuming."
+        f"training resumes at step {state.global_step}, but there is no {STATE_FILE} in {places[0]}: that checkpoint "
+        "was saved without HFSparsityCallback, or lies elsewhere. Keep the Trainer's output_dir, or do not resume."
     )

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import rarefy
-from rarefy.engine import Method, Sparsifier
+from rarefy.engine import Sparsifier
 from rarefy.errors import ConfigError, RarefyError, StateError
 from rarefy.metrics import PeakMemory
 from rarefy.training import account
@@ -43,8 +43,8 @@ def train(
     Args:
         config: what to do; see `RunConfig`.
         folder: the run folder; default `config.out`, else runs/<name>.
-        resume: continue from the folder's checkpoint (from the start where there is none): the end is bit for bit that of
-            a run that was never stopped.
+        resume: continue from the folder's checkpoint (from the start where there is none): the end is bit for bit that
+            of a run that was never stopped.
         threads: torch threads; default `config.threads`, else as many as torch has.
         report: called now and then with (step, steps, latest numbers).
 
@@ -200,9 +200,7 @@ class _Run:
             self.method,
             include=self.config.include,
             exclude=self.config.exclude,
-            calibration=[(x.cpu(), y.cpu()) for x, y in self.inputs.calibration()]
-            if self.method.needs_calibration
-            else None,
+            calibration=batches if self.method.needs_calibration else None,
             total_steps=self.steps,
             seed=derive(self.config.seed, "mask"),
         )

@@ -39,10 +39,10 @@ class CompareConfig(Part):
     name: str | None = None
     out: str | None = None
     methods: Annotated[list[Entry], Field(min_length=1)]
-    sparsities: list[Sparsity] = [0.9]
-    seeds: Annotated[list[Whole], Field(min_length=1)] = [0, 1, 2]
-    base: dict[str, Any] = {}
-    overrides: dict[str, dict[str, Any]] = {}
+    sparsities: list[Sparsity] = Field(default_factory=lambda: [0.9])
+    seeds: list[Whole] = Field(default_factory=lambda: [0, 1, 2], min_length=1)
+    base: dict[str, Any] = Field(default_factory=dict)
+    overrides: dict[str, dict[str, Any]] = Field(default_factory=dict)
     jobs: Positive = 1
 
     @field_validator("methods", mode="before")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -23,7 +24,7 @@ from rarefy.training.signals import Interrupted
 
 @dataclass(frozen=True)
 class Notice:
-    """What happened to a run: kind "start", "step" (step of steps), "note" (text), "finished", "failed" or "interrupted"."""
+    """What happened to a run: "start", "step" (step of steps), "note" (text), "finished", "failed" or "interrupted"."""
 
     kind: str
     name: str
@@ -83,7 +84,7 @@ def _warnings_as_notes(name: str, notify: Notify) -> Iterator[None]:
 def run_in_workers(runs: Sequence[Planned], jobs: int, threads: int | None, notify: Notify) -> None:
     """Do the runs in `jobs` processes, each with `threads` torch threads; numbers are those of `run_here`.
 
-    A process does many runs, so Python and torch are started once. One that dies (out of memory, say) costs its run only.
+    A process does many runs, so Python and torch are started once. One that dies (out of memory) costs its run only.
     Raises Interrupted when SIGINT or SIGTERM came: every run in progress then has written its checkpoint.
     """
     todo, workers = deque(runs), [_Worker(threads) for _ in range(min(jobs, len(runs)))]
@@ -97,10 +98,8 @@ def run_in_workers(runs: Sequence[Planned], jobs: int, threads: int | None, noti
                 worker.stop()
             deadline = time.monotonic() + GRACE_SECONDS
             todo.clear()
-            try:
+            with contextlib.suppress(KeyboardInterrupt):  # asked twice: leave them their last checkpoints
                 _serve(workers, todo, threads, notify, deadline)
-            except KeyboardInterrupt:
-                pass  # asked twice: leave them their last checkpoints
         finally:
             for worker in workers:
                 worker.end()
@@ -161,10 +160,8 @@ class _Worker:
     def give(self, run: Planned, notify: Notify) -> None:
         self.run = run
         notify(Notice("start", run.name))
-        try:
+        with contextlib.suppress(OSError):  # dead: the next read tells
             self.pipe.send(run)
-        except OSError:
-            pass  # dead: the next read tells
 
     def stop(self) -> None:
         if self.run is not None and self.process.is_alive():

@@ -17,8 +17,8 @@ class Interrupted(KeyboardInterrupt):
 class Stop:
     """Notes SIGINT and SIGTERM within a `with` block.
 
-    While `gentle` is true a first signal only sets `asked`, and the loop stops after its step; a second one, or any while
-    it is false, raises Interrupted at once. Outside the main thread nothing is caught.
+    While `gentle` is true a first signal only sets `asked`, and the loop stops after its step; a second one, or any
+    while it is false, raises Interrupted at once. Outside the main thread nothing is caught.
     """
 
     def __init__(self) -> None:

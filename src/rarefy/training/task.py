@@ -57,7 +57,7 @@ class Task(pl.LightningModule):
         self.loss_sum = torch.zeros((), dtype=torch.float64)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; Lightning's note of the current hook, forty times a step, without nn.Module's bookkeeping."""
+        """Set an attribute; Lightning's note of the current hook (forty a step) without nn.Module's bookkeeping."""
         if name == "_current_fx_name":
             object.__setattr__(self, name, value)
         else:
@@ -74,7 +74,7 @@ class Task(pl.LightningModule):
         """Keep the running loss beside the parameters."""
         self.loss_sum = self.loss_sum.to(self.device)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """Build the optimizer and its schedule, stepped after every optimizer step."""
         given = self.config.optimizer
         try:
@@ -103,8 +103,8 @@ class NoProfiler(PassThroughProfiler):
 class Watch(pl.Callback):
     """Logs losses and topology, evaluates at ends of epochs, writes checkpoints, and stops when asked to.
 
-    Everything that a resume needs beside weights, optimizer and sparsifier is in its state: random generators, the length
-    of metrics.jsonl, the running loss and the seconds so far.
+    Everything that a resume needs beside weights, optimizer and sparsifier is in its state: random generators, the
+    length of metrics.jsonl, the running loss and the seconds so far.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class Watch(pl.Callback):
         self._step = trainer.global_step
         state = self._restored
         if state is not None:
-            pl_module.loss_sum.copy_(state["loss_sum"])
+            _running(pl_module).copy_(state["loss_sum"])
             self._batches, self._evaluated = state["batches"], state["evaluated"]
             # Lightning restores a loader in mid-epoch only; at the end of an epoch it would repeat the first order.
             self.loader.load_state_dict(state["loader"])
@@ -223,8 +223,8 @@ class Watch(pl.Callback):
         self._saved_at = time.perf_counter()
 
     def _log(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        loss = float(module.loss_sum) / self._batches
-        module.loss_sum.zero_()
+        loss = float(_running(module)) / self._batches
+        _running(module).zero_()
         self._batches = 0
         self._topology()
         lr = self.config.optimizer.lr * self.config.lr_schedule.factor(self._step - 1, self.total_steps)
@@ -268,12 +268,17 @@ class Watch(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Add the running loss, which the module holds."""
-        checkpoint["callbacks"][self.state_key]["loss_sum"] = pl_module.loss_sum.detach().cpu().clone()
+        checkpoint["callbacks"][self.state_key]["loss_sum"] = _running(pl_module).detach().cpu().clone()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the state; it is applied when training starts."""
         self._restored = state_dict
         self.seconds_before = state_dict["seconds"]
+
+
+def _running(module: pl.LightningModule) -> Tensor:
+    assert isinstance(module, Task)
+    return module.loss_sum
 
 
 def cross_entropy(outputs: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
