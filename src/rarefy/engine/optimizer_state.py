@@ -25,9 +25,9 @@ class Optimizers:
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
         self.all = list(optimizers)
 
-    def owner(self, parameter: nn.Parameter) -> Optimizer | None:
-        """Return the optimizer that holds this parameter, or None."""
-        return next((opt for opt, _ in self._groups(parameter)), None)
+    def owners(self) -> dict[int, Optimizer]:
+        """Return which optimizer holds each parameter, by the parameter's id."""
+        return {id(p): optimizer for optimizer in self.all for group in optimizer.param_groups for p in group["params"]}
 
     @torch.no_grad()
     def refresh(self, parameter: nn.Parameter, where: Tensor) -> None:

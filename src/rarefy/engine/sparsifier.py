@@ -157,19 +157,18 @@ class Sparsifier:
         self._advance()
 
     def _after_optimizer_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for layer in self.layers.values():
-            if id(layer.target.parameter) in held:
-                layer.enforce()
-        if optimizer is self._clock() and not _was_skipped(optimizer):
+        if len(self._optimizers.all) == 1:
+            mine, is_clock = list(self.layers.values()), True
+        else:  # the last optimizer that holds sparse weights is the clock
+            owners = self._optimizers.owners()
+            held = {name: owners.get(id(layer.target.parameter)) for name, layer in self.layers.items()}
+            mine = [layer for name, layer in self.layers.items() if held[name] is optimizer]
+            holders = [o for o in self._optimizers.all if any(o is owner for owner in held.values())]
+            is_clock = optimizer is (holders or self._optimizers.all)[-1]
+        for layer in mine:
+            layer.enforce()
+        if is_clock and not _was_skipped(optimizer):
             self._advance()
-
-    def _clock(self) -> Optimizer:
-        """Return the optimizer whose steps count: the last of those that hold sparse weights."""
-        owners = [self._optimizers.owner(layer.target.parameter) for layer in self.layers.values()]
-        return next(
-            (o for o in reversed(self._optimizers.all) if any(o is owner for owner in owners)), self._optimizers.all[-1]
-        )
 
     def _advance(self) -> None:
         self.after_load()
