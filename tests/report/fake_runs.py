@@ -171,6 +171,11 @@ def _masks(method: str, kept: dict[str, int], shared: np.random.Generator, rng: 
 
 def _metrics(method: str, densities: dict[str, float], accuracy: float, rng: np.random.Generator) -> list[str]:
     lines = []
+    if method not in ("dense", "small-dense"):  # the first mask is logged as step 0
+        for name, shape in SHAPES.items():
+            kept = math.prod(shape) if method == "gradual" else int(math.prod(shape) * densities[name] + 0.5)
+            event = {"step": 0, "layer": name, "dropped": math.prod(shape) - kept, "grown": 0, "kept": kept}
+            lines.append(json.dumps({"kind": "topology", **event}))
     noise = rng.lognormal(0, 0.22, STEPS + 1)
     for step in range(1, STEPS + 1):
         epoch = (step - 1) * EPOCHS // STEPS

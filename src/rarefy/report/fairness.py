@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from rarefy.report.records import Run
 
 BASELINES = ("dense", "small-dense", "static")
+DYNAMIC = ("gradual", "set", "rigl")
 FEWEST_SEEDS = 3
 
 
@@ -20,6 +21,7 @@ def warnings_for(runs: Sequence[Run], single: bool) -> list[str]:
         said += _differing(finished)
         said += _budgets(finished)
     said += _missed_sparsity(finished)
+    said += _never_changed(finished)
     broken = len(runs) - len(finished)
     if broken and not single:
         are = "is" if broken == 1 else "are"
@@ -104,6 +106,19 @@ def _missed_sparsity(finished: Sequence[Run]) -> list[str]:
         if abs(got - run.sparsity) > 0.005:
             off[name_of(run.key)] = got
     return [f"{name} was asked for, but {percent(got)} was reached." for name, got in off.items()]
+
+
+def _never_changed(finished: Sequence[Run]) -> list[str]:
+    """A dynamic method whose masks never moved (fewer steps than its update interval) was a static one."""
+    still = dict.fromkeys(
+        name_of(run.key)
+        for run in finished
+        if run.method in DYNAMIC and len(run.curves.train_steps)
+        if not any(
+            step > 0 and (dropped or grown) for rows in run.curves.topology.values() for step, dropped, grown, _ in rows
+        )
+    )
+    return [f"The masks of {_list(still)} never changed during training."] if still else []
 
 
 def name_of(key: tuple[str, float | None]) -> str:

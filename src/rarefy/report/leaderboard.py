@@ -127,6 +127,7 @@ def _row(key: tuple[str, float | None], runs: Sequence[Run], against: dict[str, 
     accuracies = [result.accuracy for result in results if result.accuracy is not None]
     stored = _storage(results)
     smallest = min(stored, key=lambda kind: stored[kind]) if stored else None
+    nothing_sparse = stored.get("bitmask") == stored.get("csr")  # a narrower net is stored as it is
     return Row(
         key[0],
         method,
@@ -146,7 +147,7 @@ def _row(key: tuple[str, float | None], runs: Sequence[Run], against: dict[str, 
         parameters=_mean(results, lambda result: result.parameters),
         parameters_ratio=_mean(results, lambda result: _ratio(result.parameters, result.parameters_dense)),
         bytes=stored[smallest] if smallest else None,
-        storage=smallest,
+        storage="dense" if nothing_sparse and smallest else smallest,
         storage_bytes=stored,
         seconds=_mean(results, lambda result: result.seconds),
         peak_memory=_mean(results, lambda result: result.peak_memory_bytes),

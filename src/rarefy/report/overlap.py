@@ -130,7 +130,8 @@ def _masks_of(run: Run, notes: dict[str, str]) -> Masks | None:
         for layer, kept in masks.kept.items():
             if claimed.get(layer, kept) != kept:
                 raise ValueError(f"layer {layer!r} keeps {kept} weights, but result.json says {claimed[layer]}")
-        return masks
+        full = all(kept == math.prod(masks.shapes[layer]) for layer, kept in masks.kept.items())
+        return None if full else masks  # a narrower dense net has nothing to compare
     except ValueError as error:
         notes[run.name] = f"The masks of {run.name} cannot be used: {error}."
         return None

@@ -175,6 +175,7 @@ def _run(run: Run, most: int, columns: int, shapes: dict[Any, int]) -> dict[str,
             "loss": [rounded(value) for _, value, _ in picked],
             "accuracy": [rounded(value) for _, _, value in picked],
         }
+    updates = {layer: [row for row in rows if row[0] > 0] for layer, rows in run.curves.topology.items()}
     facts = result.model_dump(exclude={"layers", "masks", "error"}) if result else {}
     return {
         "name": run.name,
@@ -193,7 +194,7 @@ def _run(run: Run, most: int, columns: int, shapes: dict[Any, int]) -> dict[str,
             "loss": [rounded(float(value), 4) for value in loss[chosen]],
         },
         "evals": evals,
-        "topology": thin_topology(run.curves.topology, columns),
+        "topology": thin_topology(updates, columns),  # without step 0: the first mask is no update
         "network": shapes.setdefault(network, len(shapes)) if network else None,
         "kept": [layer.kept for layer in result.layers] if result else [],
     }

@@ -145,7 +145,8 @@ def _announced_but_absent(folder: Path, runs: list[Run]) -> list[Run]:
     for entry in methods or []:
         name = (entry.get("label") or entry.get("name") or entry.get("method")) if isinstance(entry, dict) else entry
         method = (entry.get("name") or entry.get("method")) if isinstance(entry, dict) else entry
-        levels = [None] if method == "dense" else [s for s in sparsities or [] if isinstance(s, (int, float))]
+        flat = method == "dense" or any(label == name and level is None for label, level, _ in have)
+        levels = [None] if flat else [s for s in sparsities or [] if isinstance(s, (int, float))]
         for level in levels:
             for seed in seeds or []:
                 sparsity = None if level is None else round(float(level), 6)

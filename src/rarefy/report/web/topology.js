@@ -3,7 +3,9 @@ function drawTopology() {
   const runs = DATA.runs.filter((run) => run.topology !== null);
   if (!runs.length) return;
   const { node, tools } = section("topology", "Topology", "Every update of the masks: weights grown above the line, weights dropped below it. Underneath, the share of weights kept, and where the changes were made.");
-  let run = telling(runs), layer = "all";
+  const changes = (one) => [...one.topology.dropped, ...one.topology.grown].flat().reduce((a, b) => a + (b || 0), 0);
+  const moving = runs.filter((one) => changes(one) > 0);
+  let run = telling(moving.length ? moving : runs), layer = "all";
   const pick = selector("Run", "topology-run", runOptions(runs), (value) => { run = DATA.runs[Number(value)]; layer = "all"; offer(); draw(); });
   pick.select.value = String(DATA.runs.indexOf(run));
   const layers = selector("Layer", "topology-layer", [], (value) => { layer = value; draw(); });
@@ -14,7 +16,7 @@ function drawTopology() {
     layers.select.replaceChildren(el("option", { value: "all" }, "all layers"), ...run.topology.layers.map((name, index) => el("option", { value: String(index) }, name)));
   }
   offer();
-  const draw = live(() => { drawEvents(events, run, layer); drawStrip(strip, run); totals.textContent = totalText(run, layer); });
+  const draw = live(() => { if (changes(run)) { drawEvents(events, run, layer); drawStrip(strip, run); } else { events.replaceChildren(el("p", { class: "empty" }, "No update changed a weight of this run.")); strip.replaceChildren(); } totals.textContent = totalText(run, layer); });
 }
 
 const rowsOf = (topology, layer) => (layer === "all" ? topology.layers.map((_, index) => index) : [Number(layer)]);
@@ -23,8 +25,9 @@ const summed = (table, rows, column) => rows.reduce((sum, row) => sum + (table[r
 function totalText(run, layer) {
   const { topology } = run, rows = rowsOf(topology, layer);
   const total = (table) => topology.steps.reduce((sum, _, column) => sum + summed(table, rows, column), 0) * topology.joined;
+  const count = topology.steps.length * topology.joined;
   const about = topology.joined > 1 ? `, about; each column stands for ${topology.joined} updates` : "";
-  return `${runText(run)}: ${whole(total(topology.dropped))} weights dropped and ${whole(total(topology.grown))} grown in ${topology.steps.length * topology.joined} updates${about}.`;
+  return `${runText(run)}: ${whole(total(topology.dropped))} weights dropped and ${whole(total(topology.grown))} grown in ${count} update${count === 1 ? "" : "s"}${about}.`;
 }
 
 // kept weights over time, a layer without an event keeping what it had
@@ -75,6 +78,7 @@ function drawEvents(host, run, layer) {
   const high = highest(values), ky = scale(0, Math.min(1, high * 1.12) || 1, start + lower, start);
   for (const tick of ticks(0, ky.to, 3)) root.prepend(svg("line", { class: "grid", x1: left, x2: width - right, y1: ky(tick), y2: ky(tick) }), svg("text", { x: left - 8, y: ky(tick) + 4, "text-anchor": "end" }, percent(tick)));
   root.append(svg("text", { x: 0, y: start - 12 }, "weights kept"), svg("path", { class: "trace plain", "pointer-events": "none", d: pathOf(topology.steps, shares, x, ky) }));
+  if (values.length < 3) topology.steps.forEach((step, at) => { if (shares[at] !== null) root.append(svg("circle", { class: "mark plain", r: 4, cx: x(step), cy: ky(shares[at]), "pointer-events": "none" })); });
   root.append(svg("line", { class: "axis", x1: left, x2: width - right, y1: start + lower, y2: start + lower }));
   for (const tick of ticks(x.from, x.to, Math.max(2, Math.round(width / 110)))) root.append(svg("line", { class: "axis", x1: x(tick), x2: x(tick), y1: start + lower, y2: start + lower + 5 }), svg("text", { x: x(tick), y: start + lower + 19, "text-anchor": "middle" }, whole(tick)));
   root.append(svg("text", { x: (left + width - right) / 2, y: height - 4, "text-anchor": "middle" }, "optimizer step"));
