@@ -161,5 +161,7 @@ def test_bits_beyond_the_end_of_a_mask_are_refused(tmp_path: Path) -> None:
 def test_a_dynamic_method_that_never_moved_is_told(tmp_path: Path) -> None:
     run = fake.run(tmp_path / "rigl-0.9-s0", "rigl", 0.9, 0)
     lines = (run / "metrics.jsonl").read_text().splitlines()
-    (run / "metrics.jsonl").write_text("\n".join(line for line in lines if "topology" not in line or '"step": 0' in line))
+    (run / "metrics.jsonl").write_text(
+        "\n".join(line for line in lines if "topology" not in line or '"step": 0' in line)
+    )
     assert "The masks of rigl at 90 % never changed during training." in collect(run).warnings

@@ -147,9 +147,7 @@ def _matrix(title: str, usable: Sequence[tuple[str, Masks]]) -> Overlap:
             if pair is not None:
                 values[row][column] = values[column][row] = pair[0]
                 chance[row][column] = chance[column][row] = pair[1]
-    return Overlap(
-        title, tuple(name for name, _ in usable), tuple(map(tuple, values)), tuple(map(tuple, chance))
-    )
+    return Overlap(title, tuple(name for name, _ in usable), tuple(map(tuple, values)), tuple(map(tuple, chance)))
 
 
 def _ones(words: np.ndarray) -> int:
