@@ -27,7 +27,9 @@ def compare(
     steps: Annotated[int | None, typer.Option(help="Length of all runs in steps, instead of epochs.")] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Any key: --set base.optimizer.lr=0.05, --set overrides.rigl.method_options.every=20"),
+        typer.Option(
+            "--set", help="Any key: --set base.optimizer.lr=0.05, --set overrides.rigl.method_options.every=20"
+        ),
     ] = None,
     name: Annotated[Text, typer.Option(help="Name of the folder under runs/.")] = None,
     out: Annotated[Text, typer.Option(help="The folder itself.")] = None,

@@ -32,7 +32,7 @@ def train(
     ] = None,
     name: Annotated[Text, typer.Option(help="Name of the folder under runs/.")] = None,
     out: Annotated[Text, typer.Option(help="The run folder itself.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a finished run in that folder.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a run that is there already.")] = False,
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder, exactly.")] = None,
 ) -> None:
     """Train one network and write its run folder: configuration, metrics, masks, checkpoint, result."""
@@ -69,13 +69,11 @@ def train(
         run = validate(RunConfig, merge(merge(read, assignments(set_ or [])), given), source)
         home = RunFolder(run.out or Path("runs") / run.run_name())
         run.build_method()  # refuse bad options before the slow imports
-        if force and home.status() == "finished":
-            home.start_afresh()
     from rarefy.training.loop import train as train_run
 
     try:
         with OneRun(home.path.name, console) as bar:
-            result = train_run(run, home.path, resume=resume is not None, threads=threads, report=bar)
+            result = train_run(run, home.path, resume=resume is not None, force=force, threads=threads, report=bar)
     except Interrupted:
         raise Interrupted(f"stopped; rarefy train --resume {home.path} goes on from here") from None
     sparse = "" if run.sparsity is None else f", sparsity {result['sparsity']:.4f}"

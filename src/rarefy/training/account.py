@@ -37,7 +37,8 @@ def count(
     masks = {name: mask.cpu() for name, mask in sparse.masks().items()}
     with evaluating(net), evaluating(full):
         here, dense = flops(net, example, masks), flops(full, example)
-    cost = sparse.training_cost()
+    # a layer that the example did not reach, or reached in a way that cannot be counted, is not in the report
+    cost = {name: entry for name, entry in sparse.training_cost().items() if name in here.layers}
     training = training_flops(here, cost, samples_per_step).total if cost else 3 * here.dense * steps * samples_per_step
     bytes_here = storage_bytes(net, masks)
     return {

@@ -35,6 +35,7 @@ def train(
     folder: str | Path | None = None,
     *,
     resume: bool = False,
+    force: bool = False,
     threads: int | None = None,
     report: Report | None = None,
 ) -> dict[str, Any]:
@@ -45,6 +46,7 @@ def train(
         folder: the run folder; default `config.out`, else runs/<name>.
         resume: continue from the folder's checkpoint (from the start where there is none): the end is bit for bit that
             of a run that was never stopped.
+        force: replace a run that is there already.
         threads: torch threads; default `config.threads`, else as many as torch has.
         report: called now and then with (step, steps, latest numbers).
 
@@ -59,8 +61,11 @@ def train(
             raise ConfigError(
                 f"{home.path} was started with another configuration: it can only be resumed with its own"
             )
-    elif home.exists() and home.status() == "finished":
-        raise ConfigError(f"{home.path} already holds a finished run: choose another name, or ask for --force")
+    elif home.exists() and not force:
+        if home.status() == "finished":
+            raise ConfigError(f"{home.path} already holds a finished run: choose another name, or ask for --force")
+        if home.status() != "failed" and home.checkpoint_file.exists():
+            raise ConfigError(f"{home.path} holds an unfinished run: go on with --resume, or start again with --force")
     before = torch.get_num_threads()
     with Stop() as stop, PeakMemory() as memory, _quiet():
         try:

@@ -97,9 +97,9 @@ def expand(config: CompareConfig, folder: str | Path, source: str = "the compari
             )
     shared = dict(config.base.get("method_options") or {})
     for option in shared:
-        fields = {field for e in config.methods for field in _options(known[e.method])}
+        fields = {field for cls in known.values() for field in _options(cls)}
         if option not in fields:
-            raise ConfigError(f"{source}: base.method_options.{option}: no method here has it{nearest(option, fields)}")
+            raise ConfigError(f"{source}: base.method_options.{option}: no method has it{nearest(option, fields)}")
     runs = []
     for seed in config.seeds:
         for entry in config.methods:

@@ -59,7 +59,8 @@ def _one(run: Planned, threads: int | None, notify: Notify) -> Notice:
 
     try:
         with _warnings_as_notes(run.name, notify):
-            train(run.config, run.folder, resume=run.action == "resume", threads=threads, report=report)
+            resume = run.action == "resume"
+            train(run.config, run.folder, resume=resume, force=not resume, threads=threads, report=report)
     except Interrupted as error:
         return Notice("interrupted", run.name, text=str(error))
     except RarefyError as error:

@@ -1,0 +1,152 @@
+"""The command line as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from rarefy.cli import app
+from rarefy.training.plan import CompareConfig, decide, expand
+from rarefy.training.reading import read_mapping, validate
+
+DIGITS = [
+    "--data",
+    "digits",
+    "--set",
+    "limit_train=300",
+    "--set",
+    "limit_test=100",
+    "--threads",
+    "1",
+    "--device",
+    "cpu",
+]
+
+
+def run(*args: str, code: int = 0) -> str:
+    """Run a command in this process; return all it printed."""
+    result = CliRunner().invoke(app, list(args), env={"COLUMNS": "200"})
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    return result.output
+
+
+def start(*args: str) -> subprocess.Popen[str]:
+    """Start a command in a process of its own."""
+    command = [sys.executable, "-m", "rarefy", *args]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_help_version_methods_config() -> None:
+    assert run("--version").startswith("rarefy ")
+    assert "compare" in run("--help")
+    table = run("methods")
+    assert all(
+        name in table for name in ("dense", "small-dense", "static", "magnitude", "gradual", "snip", "set", "rigl")
+    )
+    told = run("methods", "rigl")
+    assert "1911.11134" in told and "drop_fraction" in told and "0.3" in told
+    assert "did you mean 'rigl'" in run("methods", "rigel", code=2)
+    assert "torch" in run("config")
+
+
+def test_train_report_and_refusals(tmp_path: Path) -> None:
+    out = tmp_path / "r"
+    said = run("train", "--method", "set", "--sparsity", "0.8", "--epochs", "2", "--set", "method_options.every=2",
+               "--lr", "0.05", *DIGITS, "--out", str(out))  # fmt: skip
+    assert "accuracy" in said and "sparsity 0.8" in said and "digits" in said
+    assert "optimizer:" in (out / "config.yaml").read_text()
+    assert "report:" in run("report", str(out), "--out", str(tmp_path / "page.html"))
+    assert (tmp_path / "page.html").stat().st_size > 1000
+    assert "already holds a finished run" in run("train", "--method", "set", *DIGITS, "--out", str(out), code=2)
+    assert "nothing to resume" in run("train", "--resume", str(out))
+    assert "leave out seed" in run("train", "--resume", str(out), "--seed", "3", code=2)
+    run("train", "--method", "dense", "--steps", "2", *DIGITS, "--out", str(out), "--force")
+    assert json.loads((out / "result.json").read_text())["steps"] == 2
+
+
+def test_yaml_and_flags(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("data: digits\nlimit_train: 200\nsparsty: 0.5\n")
+    assert "unknown key 'sparsty' in run.yaml (did you mean 'sparsity'?)" in run("train", str(file), code=2)
+    file.write_text("data: digits\nlimit_train: 200\nlimit_test: 100\nepochs: 5\nmethod: static\nsparsity: 0.5\n")
+    run("train", str(file), "--steps", "2", "--sparsity", "0.7", "--threads", "1", "--out", str(tmp_path / "a"))
+    result = json.loads((tmp_path / "a/result.json").read_text())
+    assert result["steps"] == 2 and result["sparsity_asked"] == 0.7
+    for args, said in (
+        (["train", "--method", "rigl", "--set", "method_options.evry=3"], "did you mean 'every'"),
+        (["train", "--sparsity", "1.5", "--method", "static"], "less than 1"),
+        (["train", "--data", "diggits"], "did you mean 'digits'"),
+        (["train", "--model", "lenet-6"], "did you mean 'lenet-5'"),
+        (["train", str(tmp_path / "none.yaml")], "there is no configuration file"),
+        (["train", "--resume", str(tmp_path)], "is no run folder"),
+        (["report", str(tmp_path / "none")], "there is no folder"),
+        (["compare"], "nothing to compare"),
+        (["compare", "--recipe", "mnist"], "did you mean 'mnist-lenet'"),
+        (["compare", "--methods", "rigl,statik"], "did you mean 'static'"),
+    ):
+        fresh = args[0] == "train" and "--resume" not in args
+        assert said in run(*args, *(["--out", str(tmp_path / "x")] if fresh else []), code=2), args
+
+
+def test_compare_prints_the_table_and_writes_the_page(tmp_path: Path) -> None:
+    base = ["--data", "digits", "--epochs", "1", "--set", "base.limit_train=300", "--set", "base.limit_test=100"]
+    args = ["compare", *base, "--sparsities", "0.8", "--seeds", "2", "--threads", "1", "--out", str(tmp_path)]
+    said = run(*args, "--methods", "dense,small-dense,static,rigl", "--set", "base.method_options.every=1")
+    assert "8 to do" in said and "rigl" in said and "accuracy" in said
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert {row["label"] for row in table["rows"]} == {"dense", "small-dense", "static", "rigl"}
+    assert (tmp_path / "report.html").stat().st_size > 1000
+    said = run(*args, "--methods", "dense,static", "--set", "overrides.static.optimizer.lr=1e12",
+               "--set", "overrides.static.steps=3", "--set", "overrides.static.epochs=null", "--force", code=1)  # fmt: skip
+    assert "2 of the runs failed" in said and "2 finished before" in said
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_a_resumable_run(number: signal.Signals, tmp_path: Path) -> None:
+    args = ["--method", "rigl", "--sparsity", "0.9", "--steps", "2000", "--set", "method_options.every=50", *DIGITS]
+    process = start("train", *args, "--set", "eval_every=0", "--out", str(tmp_path))
+    _wait_for(lambda: (tmp_path / "metrics.jsonl").exists() and '"train"' in (tmp_path / "metrics.jsonl").read_text())
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "rarefy train --resume" in said and "Traceback" not in said
+    assert json.loads((tmp_path / "result.json").read_text())["status"] == "interrupted"
+    assert (tmp_path / "checkpoint.ckpt").exists() and not list(tmp_path.glob(".*.tmp"))
+    if number == signal.SIGINT:
+        assert "go on with --resume" in run("train", *args, "--out", str(tmp_path), code=2)
+        assert "accuracy" in run("train", "--resume", str(tmp_path))
+        assert json.loads((tmp_path / "result.json").read_text())["steps"] == 2000
+
+
+def test_a_stopped_comparison_in_workers_goes_on(tmp_path: Path) -> None:
+    base = ["--data", "digits", "--steps", "3000", "--set", "base.limit_train=300", "--set", "base.eval_every=0"]
+    args = ["compare", *base, "--methods", "dense,static", "--sparsities", "0.8", "--seeds", "1", "--jobs", "2"]
+    args += ["--threads", "2", "--out", str(tmp_path)]
+    process = start(*args)
+    files = [tmp_path / name / "metrics.jsonl" for name in ("dense-s0", "static-0.8-s0")]
+    _wait_for(lambda: all(file.exists() and '"train"' in file.read_text() for file in files))
+    os.kill(process.pid, signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "the same command again" in said and "Traceback" not in said
+    status = [json.loads((file.parent / "result.json").read_text())["status"] for file in files]
+    assert status == ["interrupted", "interrupted"]
+    config = validate(CompareConfig, read_mapping(tmp_path / "compare.yaml"), "compare.yaml")
+    assert [run.action for run in decide(expand(config, tmp_path))] == ["resume", "resume"]
+
+
+def _wait_for(there: Any, seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not there():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.05)
