@@ -26,6 +26,7 @@ def sparsify(
     total_steps: int | None = None,
     seed: int = 0,
     storage: str = "masked",
+    state: dict[str, Any] | None = None,
     **method_options: Any,
 ) -> Sparsifier:
     """Make a model sparse, in place, and keep it so while it trains.
@@ -45,6 +46,8 @@ def sparsify(
         total_steps: optimizer steps of the whole run; schedules given as fractions need it.
         seed: of all random choices; the same seed gives the same masks on every device and rank.
         storage: "masked": dense parameters that are exactly zero outside a boolean mask.
+        state: a `Sparsifier.state_dict()` to continue from. The model and optimizer already hold what was saved with it; no
+            mask is drawn and no weight changes.
         method_options: options of the method, see `rarefy methods NAME`.
 
     Returns:
@@ -82,4 +85,5 @@ def sparsify(
         total_steps=total_steps,
         seed=seed,
         storage=storage,
+        state=state,
     )

@@ -40,7 +40,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> N
 
 
 @pytest.mark.parametrize("method", ["rigl", "set", "gradual", "static", "magnitude"])
-@pytest.mark.parametrize("order", ["model first", "sparsifier first"])
+@pytest.mark.parametrize("order", ["model first", "sparsifier first", "sparsify from the state"])
 def test_resume_is_exact_in_any_order_of_loading(method: str, order: str, tmp_path: Path) -> None:
     whole = make(method)
     train(*whole[:2], range(14))
@@ -53,10 +53,22 @@ def test_resume_is_exact_in_any_order_of_loading(method: str, order: str, tmp_pa
     )
     saved = torch.load(tmp_path / "c.pt", weights_only=True)
 
-    model, optimizer, sparse = make(method, seed=1)  # other weights, other masks, other generator
+    if order == "sparsify from the state":
+        model = mlp(1)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        method_object = whole[2].method
+        sparse = rarefy.sparsify(model, method_object, optimizer=optimizer, total_steps=20, state=saved["sparse"])
+        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    else:
+        model, optimizer, sparse = make(method, seed=1)  # other weights, other masks, other generator
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if order == "model first":
+        if order == "sparsify from the state":
+            pass
+        elif order == "model first":
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
             sparse.load_state_dict(saved["sparse"])

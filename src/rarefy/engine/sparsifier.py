@@ -54,6 +54,7 @@ class Sparsifier:
         total_steps: int | None = None,
         seed: int = 0,
         storage: str = "masked",
+        state: dict[str, Any] | None = None,
     ) -> None:
         if storage not in STORAGES:
             raise OptionError(
@@ -61,7 +62,7 @@ class Sparsifier:
             )
         if total_steps is not None and total_steps < 1:
             raise OptionError(f"total_steps={total_steps} must be at least 1, or None when it is not known.")
-        if method.needs_calibration and calibration is None:
+        if method.needs_calibration and calibration is None and state is None:
             raise OptionError(f"{method.name} looks at data before training: pass calibration=[batch, ...].")
         self.model = model
         self.method = method
@@ -89,13 +90,18 @@ class Sparsifier:
         }
         self._kept_steps = dict.fromkeys(self.layers, 0)
         method.check(self)
-        method.choose(self)
+        if state is None:
+            method.choose(self)
+            self._share_masks()
+            self._attach()
+            with torch.no_grad():
+                method.initialise(self)
+            self._prepare_next_step()
+        else:  # the weights are already those of the saved run: take its masks, and draw none
+            self._check_state(state)
+            self._take(state)
+            self._attach()
         self.calibration = None  # seen, and not ours to keep alive
-        self._share_masks()
-        self._attach()
-        with torch.no_grad():
-            method.initialise(self)
-        self._prepare_next_step()
 
     # --- what it is -------------------------------------------------------------------------------------------------
 
@@ -269,6 +275,9 @@ class Sparsifier:
         Raises StateError, and changes nothing, when the state is of another method, other options or another model.
         """
         self._check_state(state)
+        self._take(state)
+
+    def _take(self, state: dict[str, Any]) -> None:
         for name, layer in self.layers.items():
             layer.load_state_dict(state["layers"][name])
         names = list(self.layers)

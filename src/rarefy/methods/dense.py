@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from rarefy.engine import Method, Sparsifier, check_fraction
+from rarefy.engine import Method, Sparsifier, check_fraction, find_targets
 from rarefy.errors import OptionError
 from rarefy.models.width import small_dense_width
 
@@ -30,12 +31,13 @@ class SmallDense(Method):
     """A narrower dense network with as many parameters as a sparse one keeps.
 
     The reference that a sparse network must beat to be worth its trouble (Zhu & Gupta 2017, arXiv 1710.01878:
-    "large-sparse against small-dense"; Evci et al. 2020, arXiv 1911.11134). With d = 1 - sparsity and P(f) the number of
-    parameters at hidden widths multiplied by f, trains the network of
+    "large-sparse against small-dense"; Evci et al. 2020, arXiv 1911.11134). P(f) is the number of parameters at hidden
+    widths multiplied by f, and W the number of weights that a sparse method would prune. Trains the network of
 
-        f = max { f : P(f) <= d P(1) }.
+        f = max { f : P(f) <= P(1) - sparsity W },
 
-    Inputs, outputs and depth stay. It has to build the network itself: from `rarefy train` and `rarefy compare`, or
+    so both have the same parameters to spend, biases and norms included. Inputs, outputs and depth stay. It has to build
+    the network itself: from `rarefy train` and `rarefy compare`, or
 
         model = rarefy.methods.SmallDense(sparsity=0.9).model(lambda width: rarefy.models.build("lenet-300-100", width=width))
 
@@ -54,8 +56,10 @@ class SmallDense(Method):
 
     def model(self, build: Callable[[float], nn.Module]) -> nn.Module:
         with torch.device("meta"):
-            full = sum(p.numel() for p in build(1.0).parameters())
-        model = build(small_dense_width(build, int((1 - self.sparsity) * full + 1e-9)))
+            full = build(1.0)
+        weights = sum(target.parameter.numel() for target in find_targets(full)[0])
+        budget = sum(p.numel() for p in full.parameters()) - math.ceil(self.sparsity * weights - 1e-6)
+        model = build(small_dense_width(build, budget))
         model._rarefy_small_dense = True  # type: ignore[assignment]
         return model
 
