@@ -4,6 +4,9 @@
 # Both of the first two work from a fresh clone: Python 3.11+, pip and a C++ compiler are all they need.
 
 PYTHON ?= python3
+# Real data sets, where a folder of them lies beside this one; without it, what is embedded or can be fetched.
+RAREFY_DATA ?= $(abspath $(wildcard ../shared/data))
+export RAREFY_DATA
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --no-input
@@ -33,6 +36,7 @@ lint: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed native
 	$(BIN)/python benchmarks/bitpack_and_select.py
+	$(BIN)/python benchmarks/engine_overhead.py
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

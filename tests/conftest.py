@@ -1,9 +1,26 @@
-"""What every test gets: tests marked `gpu` are skipped where there is no CUDA device."""
+"""What every test gets: real data where it lies, one thread, and no tests marked `gpu` where there is no CUDA device."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
+
+_BESIDE = Path(__file__).resolve().parents[2] / "shared" / "data"
+if not os.environ.get("RAREFY_DATA") and _BESIDE.is_dir():
+    os.environ["RAREFY_DATA"] = str(_BESIDE)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small tensors gain nothing from more threads, and threads that wait for each other on a busy machine lose much."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

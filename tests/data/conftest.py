@@ -11,8 +11,6 @@ import pytest
 
 from tests.data.common import cifar_records, idx_images, idx_labels
 
-_NEXT_TO_CHECKOUT = Path(__file__).resolve().parents[2] / ".." / "shared" / "data"
-
 
 @pytest.fixture(autouse=True)
 def no_outside(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -22,15 +20,8 @@ def no_outside(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPat
     monkeypatch.setenv("no_proxy", "*")
 
 
-def _real() -> Path | None:
-    named = os.environ.get("RAREFY_DATA")
-    for path in ([Path(named)] if named else []) + [_NEXT_TO_CHECKOUT]:
-        if path.is_dir():
-            return path
-    return None
-
-
-_REAL = _real()  # before the fixture above hides the variable
+_NAMED = os.environ.get("RAREFY_DATA")  # before the fixture above hides it
+_REAL = Path(_NAMED) if _NAMED and Path(_NAMED).is_dir() else None
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ def test_sample_draws_different_integers(population: int, share: float, seed: in
     count = int(share * population)
     drawn = sample(population, count, torch.Generator().manual_seed(seed))
     assert drawn.numel() == count == drawn.unique().numel()
-    assert count == 0 or (0 <= int(drawn.min()) and int(drawn.max()) < population)
+    assert count == 0 or (int(drawn.min()) >= 0 and int(drawn.max()) < population)
     assert torch.equal(drawn, sample(population, count, torch.Generator().manual_seed(seed)))
 
 

@@ -15,12 +15,23 @@ from torch.nn.parallel import DistributedDataParallel
 import rarefy
 
 
+class Branches(nn.Sequential):
+    """Rank 0 and rank 1 take different branches: some layers see a gradient on one rank only, one on none."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(12, 5), nn.Linear(12, 5), nn.Linear(12, 5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self[dist.get_rank()](x)
+
+
 def work(rank: int, folder: str, method: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     torch.manual_seed(rank)  # ranks that disagree until DistributedDataParallel shares rank 0's weights
-    model = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 5))
+    model = Branches() if method == "branches" else nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 5))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    method, branches = ("rigl", True) if method == "branches" else (method, False)
     options = {"every": 2} if method == "rigl" else {}
     generator = torch.Generator().manual_seed(10 + rank)
 
@@ -29,7 +40,7 @@ def work(rank: int, folder: str, method: str) -> None:
 
     calibration = [batch()] if method == "snip" else None
     sparse = rarefy.sparsify(model, method, sparsity=0.7, optimizer=optimizer, calibration=calibration, **options)
-    wrapped = DistributedDataParallel(model)
+    wrapped = DistributedDataParallel(model, find_unused_parameters=branches)
     for _ in range(6):
         x, y = batch()
         F.cross_entropy(wrapped(x), y).backward()
@@ -39,7 +50,7 @@ def work(rank: int, folder: str, method: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("method", ["rigl", "magnitude", "snip"])
+@pytest.mark.parametrize("method", ["rigl", "branches", "magnitude", "snip"])
 def test_ranks_agree(method: str, tmp_path: Path) -> None:
     mp.spawn(work, (str(tmp_path), method), nprocs=2)
     one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))

@@ -151,3 +151,12 @@ def test_a_branch_without_gradient_keeps_its_mask() -> None:
     optimizer.step()
     assert torch.equal(masks["b.weight"], sparse.layers["b.weight"].mask())
     assert not torch.equal(masks["a.weight"], sparse.layers["a.weight"].mask())
+
+
+def test_a_diverged_layer_is_named() -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    rarefy.sparsify(model, "rigl", sparsity=0.5, optimizer=optimizer, every=1, stop=9)
+    (model(torch.randn(4, 12)) * float("nan")).sum().backward()
+    with pytest.raises(rarefy.RarefyError, match=r"0\.weight \[16, 12\].*NaN.*learning rate"):
+        optimizer.step()

@@ -28,3 +28,12 @@ def from_first_rank(tensor: Tensor) -> Tensor:
     shared = tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor.clone()
     dist.broadcast(shared, src=0)
     return shared.to(tensor.dtype)
+
+
+def on_any_rank(flag: bool, device: torch.device) -> bool:
+    """Return whether `flag` is True on any rank; every rank must ask."""
+    if not active():
+        return flag
+    found = torch.tensor(int(flag), device=device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return bool(found)

@@ -143,7 +143,7 @@ class Layer(ABC):
     @property
     @abstractmethod
     def has_gradient(self) -> bool:
-        """Whether a dense gradient has been collected since `watch_gradient(True)`."""
+        """Whether a dense gradient was collected for this step, on any rank; every rank must ask."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, object]:

@@ -12,13 +12,13 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import TensorWeakRef
 
 from rarefy import kernels
-from rarefy.engine.distributed import average
+from rarefy.engine.distributed import average, on_any_rank
 from rarefy.engine.layer import Change, Layer
 from rarefy.engine.loading import AfterLoad
 from rarefy.engine.optimizer_state import Optimizers
 from rarefy.engine.sampling import sample
 from rarefy.engine.selection import Target
-from rarefy.errors import RarefyError, StateError
+from rarefy.errors import OptionError, RarefyError, StateError
 from rarefy.patterns import Pattern
 
 
@@ -75,25 +75,26 @@ class MaskedLayer(Layer):
     # --- choosing ---------------------------------------------------------------------------------------------------
 
     def best(self, scores: Tensor, counts: Tensor) -> Tensor:
-        return kernels.select_k(self.pattern.pool(scores), counts)
+        return self._top(self.pattern.pool(scores), counts)
 
     def largest_magnitudes(self, counts: Tensor) -> Tensor:
         scores = self.pattern.pool(self.weight().abs())
-        return kernels.select_k(scores.masked_fill(~self._kept_units(), -1), counts)
+        return self._top(scores.masked_fill(~self._kept_units(), -1), counts)
 
     def largest_gradients(self, counts: Tensor, *, besides: Tensor) -> Tensor:
-        gradient = self._gradient.total
-        if gradient is None:
+        if not self.has_gradient:
             raise RarefyError(f"{self.name} {list(self.shape)}: no dense gradient was collected for this step.")
+        gradient = self._gradient.total
+        gradient = torch.zeros_like(self.parameter) if gradient is None else gradient
         scores = self.pattern.pool(average(gradient).abs())
-        return kernels.select_k(scores.masked_fill(besides, -1), counts)
+        return self._top(scores.masked_fill(besides, -1), counts)
 
     def random(self, counts: Tensor, generator: torch.Generator, *, besides: Tensor | None = None) -> Tensor:
         shape = (self.groups, self.units_per_group)
         device = self._mask.device
         if self.groups > 1:  # a count for each group: rank random scores within the groups
             scores = torch.rand(shape, generator=generator).to(device)
-            return kernels.select_k(scores if besides is None else scores.masked_fill(besides, -1), counts)
+            return self._top(scores if besides is None else scores.masked_fill(besides, -1), counts)
         chosen = torch.zeros(shape, dtype=torch.bool, device=device)
         if besides is None:
             chosen[0, sample(self.units_per_group, int(counts), generator).to(device)] = True
@@ -197,7 +198,7 @@ class MaskedLayer(Layer):
 
     @property
     def has_gradient(self) -> bool:
-        return self._gradient.total is not None
+        return on_any_rank(self._gradient.total is not None, self._mask.device)
 
     @torch.no_grad()
     def after_load(self) -> None:
@@ -259,6 +260,12 @@ class MaskedLayer(Layer):
         if self._mask.device != device:
             self._mask = self._mask.to(device)
         return self._mask
+
+    def _top(self, scores: Tensor, counts: Tensor) -> Tensor:
+        try:
+            return kernels.select_k(scores, counts)
+        except OptionError as error:  # NaN: training has diverged
+            raise OptionError(f"{self.name} {list(self.shape)}: {error}; try a lower learning rate") from error
 
     def _kept_units(self) -> Tensor:
         mask = self._here()

@@ -77,6 +77,7 @@ class Sparsifier:
         self.generator = torch.Generator().manual_seed(seed)
         self._optimizers = Optimizers(_check_optimizers(optimizer))
         self._dense_gradient_steps = 0
+        self._watching = False
         self._reloaded: dict[str, int] = {}
         self._handles: list[RemovableHandle] = []
         self._attached = False
@@ -179,8 +180,7 @@ class Sparsifier:
     def _advance(self) -> None:
         self.after_load()
         self.step_count += 1
-        if any(layer.has_gradient for layer in self.layers.values()):
-            self._dense_gradient_steps += 1
+        self._dense_gradient_steps += self._watching
         for name, layer in self.layers.items():
             self._kept_steps[name] += layer.nnz
         with torch.no_grad():
@@ -188,9 +188,9 @@ class Sparsifier:
         self._prepare_next_step()
 
     def _prepare_next_step(self) -> None:
-        wanted = self.method.wants_gradient(self, self.step_count + 1)
+        self._watching = self.method.wants_gradient(self, self.step_count + 1)
         for layer in self.layers.values():
-            layer.watch_gradient(wanted)
+            layer.watch_gradient(self._watching)
 
     def _changed(self, layer: Layer, change: Change) -> None:
         self.events.append(Event(self.step_count, layer.name, change.dropped, change.grown, layer.nnz))
