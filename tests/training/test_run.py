@@ -204,8 +204,10 @@ def test_a_loss_that_is_no_number_fails_the_run(tmp_path: Path) -> None:
 
 
 def test_small_dense_is_counted_against_the_full_net(tmp_path: Path) -> None:
-    result = train(small(method="small-dense", method_options={}), tmp_path)
-    assert result["parameters"] <= 0.1 * result["parameters_dense"]
+    result = train(small(method="small-dense", method_options={}), tmp_path / "small")
+    sparse = train(small(method="static", method_options={}), tmp_path / "static")
+    assert 0.9 * sparse["parameters"] < result["parameters"] <= sparse["parameters"]
+    assert result["parameters_dense"] == sparse["parameters_dense"] > 8 * result["parameters"]
     assert result["flops"] < 0.12 * result["flops_dense"] and result["sparsity"] == 0.0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -84,23 +83,12 @@ class SparsityCallback(pl.Callback):
         saved = self._saved
         if saved is None and self.sparse is not None:  # a second trainer.fit with the same callback goes on
             saved = self.sparse.state_dict()
-        if saved is None:
-            if trainer.ckpt_path is not None:
-                raise StateError(
-                    f"{trainer.ckpt_path} holds no sparsifier's state: it was saved without SparsityCallback. "
-                    "To make a trained dense module sparse, load its weights and call trainer.fit without ckpt_path."
-                )
-            self.sparse = self._sparsify(trainer, pl_module)
-            return
-        # Making it sparse draws new masks and zeroes weights and optimizer state by them: take those aside meanwhile.
-        target = self._target(pl_module)
-        weights = {name: value.clone() for name, value in target.state_dict().items()}
-        optimizers = [copy.deepcopy(optimizer.state_dict()) for optimizer in trainer.optimizers]
-        self.sparse = self._sparsify(trainer, pl_module)
-        self.sparse.load_state_dict(saved)
-        target.load_state_dict(weights)
-        for optimizer, state in zip(trainer.optimizers, optimizers, strict=True):
-            optimizer.load_state_dict(state)
+        if saved is None and trainer.ckpt_path is not None:
+            raise StateError(
+                f"{trainer.ckpt_path} holds no sparsifier's state: it was saved without SparsityCallback. "
+                "To make a trained dense module sparse, load its weights and call trainer.fit without ckpt_path."
+            )
+        self.sparse = self._sparsify(trainer, pl_module, saved)
         self._saved = None
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -130,7 +118,7 @@ class SparsityCallback(pl.Callback):
             names = ", ".join(name for name, _ in module.named_children()) or "none"
             raise OptionError(f"the module has no part {self.submodule!r}; its parts: {names}") from None
 
-    def _sparsify(self, trainer: pl.Trainer, module: pl.LightningModule) -> Sparsifier:
+    def _sparsify(self, trainer: pl.Trainer, module: pl.LightningModule, state: dict[str, Any] | None) -> Sparsifier:
         steps: float | int | None = self.total_steps
         if steps is None:
             steps = trainer.estimated_stepping_batches
@@ -148,6 +136,7 @@ class SparsityCallback(pl.Callback):
                 loss=self.loss,
                 total_steps=total,
                 seed=self.seed,
+                state=state,
                 **options,
             )
         module.train(training)

@@ -79,9 +79,6 @@ class HFSparsityCallback(TrainerCallback):
         optimizer = kwargs["optimizer"]
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper steps the one inside
         resumed = state.global_step > 0
-        # The Trainer has restored weights and optimizer by now; drawing new masks would zero some of them.
-        weights = {name: value.clone() for name, value in model.state_dict().items()} if resumed else {}
-        optimizer_state = _copy(optimizer.state_dict()) if resumed else {}
         options = self.options if self.sparsity is None else {"sparsity": self.sparsity, **self.options}
         self.sparse = rarefy.sparsify(
             model,
@@ -93,12 +90,9 @@ class HFSparsityCallback(TrainerCallback):
             loss=self.loss,
             total_steps=state.max_steps if state.max_steps > 0 else None,
             seed=self.seed,
+            state=_saved_state(args, state) if resumed else None,  # weights and optimizer are restored by now
             **options,
         )
-        if resumed:
-            self.sparse.load_state_dict(_saved_state(args, state))
-            model.load_state_dict(weights)
-            optimizer.load_state_dict(optimizer_state)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the sparsifier's state beside the checkpoint that was just saved."""
@@ -128,12 +122,6 @@ class HFSparsityCallback(TrainerCallback):
         """Leave a plain model with exact zeros."""
         if self.sparse is not None and self.finalize:
             self.sparse.finalize()
-
-
-def _copy(state: dict[str, Any]) -> dict[str, Any]:
-    import copy
-
-    return copy.deepcopy(state)
 
 
 def _saved_state(args: TrainingArguments, state: TrainerState) -> dict[str, Any]:

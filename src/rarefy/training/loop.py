@@ -199,19 +199,17 @@ class _Run:
 
     def _restore(self, state: dict[str, Any]) -> Sparsifier:
         """Rebuild the end of training from a checkpoint that was written there: only the measuring was cut off."""
-        batches = [(x.cpu(), y.cpu()) for x, y in self.inputs.calibration()]
+        weights = {k.removeprefix("net."): v for k, v in state["state_dict"].items()}
+        self.net.load_state_dict(weights)
         sparse = rarefy.sparsify(
             self.net,
             self.method,
             include=self.config.include,
             exclude=self.config.exclude,
-            calibration=batches if self.method.needs_calibration else None,
             total_steps=self.steps,
             seed=derive(self.config.seed, "mask"),
+            state=state["callbacks"]["SparsityCallback"]["sparsifier"],
         )
-        sparse.load_state_dict(state["callbacks"]["SparsityCallback"]["sparsifier"])
-        weights = {k.removeprefix("net."): v for k, v in state["state_dict"].items()}
-        self.net.load_state_dict(weights)
         sparse.finalize()
         return sparse
 
