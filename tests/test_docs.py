@@ -73,3 +73,10 @@ def test_import_is_light() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 5  # under one second on a quiet machine; the modules above are the real check
+
+
+def test_rooms_are_there_after_import_rarefy() -> None:
+    code = "import rarefy; print(rarefy.models.build('lenet-5'), rarefy.data.load, rarefy.training.SparsityCallback)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+    with pytest.raises(AttributeError, match="did you mean 'sparsify'"):
+        _ = rarefy.sparsfy

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import importlib
+from types import ModuleType
+
 from rarefy import methods
 from rarefy._config import show_config
 from rarefy._sparsify import sparsify
 from rarefy.engine import Method, Sparsifier
-from rarefy.errors import RarefyError
+from rarefy.errors import RarefyError, nearest
 
 __version__ = "0.1.0"
 
 __all__ = ["Method", "RarefyError", "Sparsifier", "__version__", "methods", "show_config", "sparsify"]
+
+_ROOMS = ("allocation", "data", "kernels", "metrics", "models", "patterns", "report", "schedules", "scores", "training")
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Import a room when it is first asked for: `rarefy.models` works after `import rarefy`, and costs nothing before."""
+    if name in _ROOMS:
+        return importlib.import_module(f"rarefy.{name}")
+    raise AttributeError(f"rarefy has no {name!r}{nearest(name, [*__all__, *_ROOMS])}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_ROOMS])
