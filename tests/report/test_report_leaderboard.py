@@ -89,7 +89,7 @@ def test_table_json_is_plain_and_whole(tmp_path: Path) -> None:
     assert not list(path.parent.glob(".*"))
 
 
-@pytest.mark.parametrize("width", [70, 100, 170])
+@pytest.mark.parametrize("width", [70, 76, 80, 84, 90, 100, 120, 180])
 def test_the_terminal_table_fits_its_width_and_takes_text_as_text(tmp_path: Path, width: int) -> None:
     folder = fake.comparison(tmp_path / "cmp")
     fake.run(folder / "odd-0.9-s0", "rigl", 0.9, 0, label="[red]\x1b[31mrigl[/red]\ud800", accuracy=0.91)
@@ -102,6 +102,7 @@ def test_the_terminal_table_fits_its_width_and_takes_text_as_text(tmp_path: Path
     assert "\x1b" not in text
     assert "[red]" in text and "[bold]" in text
     assert all(len(line) <= width for line in text.splitlines())
+    assert "…" not in text
     row = next(row for row in leaderboard(comparison) if row.label == "rigl" and row.sparsity_asked == 0.9)
     assert f"{points(row.accuracy)} ± {points(row.accuracy_sd)}" in text
     assert ("left out for the terminal" in text) == (width < 170)

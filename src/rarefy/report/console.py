@@ -39,6 +39,7 @@ def print_leaderboard(console: Console, rows: Sequence[Row], comparison: Compari
     """
     shown = list(_COLUMNS)
     cells = {name: [name, *(cell(row) for row in rows)] for name, cell, _ in shown}
+    cells["method"] += [_heading(row) for row in rows]
     while len(shown) > 3 and sum(max(map(len, cells[name])) + 2 for name, _, _ in shown) > console.width:
         shown.remove(max(shown, key=lambda column: column[2]))
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
@@ -49,7 +50,7 @@ def print_leaderboard(console: Console, rows: Sequence[Row], comparison: Compari
         if row.sparsity_asked != level:
             level = row.sparsity_asked
             table.add_row()
-            table.add_row(Text(f"{percent(level or 0.0)} sparsity", style="dim"))
+            table.add_row(Text(_heading(row), style="dim"))
         best = max(other.accuracy or 0.0 for other in rows if other.sparsity_asked == row.sparsity_asked)
         style = "bold" if row.sparsity_asked is not None and row.accuracy == best else ""
         table.add_row(*(Text(cell(row), style=style if name == "accuracy %" else "") for name, cell, _ in shown))
@@ -64,6 +65,10 @@ def print_leaderboard(console: Console, rows: Sequence[Row], comparison: Compari
             console.print(Text(f"not counted: {plain(run.name)}: {plain(run.reason or run.status)}", style="red"))
         for warning in comparison.warnings:
             console.print(Text(f"note: {plain(warning)}", style="yellow"))
+
+
+def _heading(row: Row) -> str:
+    return f"{percent(row.sparsity_asked or 0.0)} sparsity"
 
 
 def difference(found: Difference | None) -> str:
