@@ -26,7 +26,7 @@ demo: $(VENV)/.installed native
 	$(BIN)/rarefy demo
 
 test: $(VENV)/.installed-dev native chromium lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
