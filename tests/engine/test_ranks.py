@@ -14,6 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import rarefy
 
+CASES = ("rigl", "branches", "magnitude", "snip")
+
 
 class Branches(nn.Sequential):
     """Rank 0 and rank 1 take different branches: some layers see a gradient on one rank only, one on none."""
@@ -25,35 +27,51 @@ class Branches(nn.Sequential):
         return self[dist.get_rank()](x)
 
 
-def work(rank: int, folder: str, method: str) -> None:
+def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    for case in CASES:
+        torch.save(train(rank, case), f"{folder}/{case}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def train(rank: int, case: str) -> dict[str, dict[str, torch.Tensor]]:
     torch.manual_seed(rank)  # ranks that disagree until DistributedDataParallel shares rank 0's weights
-    model = Branches() if method == "branches" else nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 5))
+    model = Branches() if case == "branches" else nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 5))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    method, branches = ("rigl", True) if method == "branches" else (method, False)
-    options = {"every": 2} if method == "rigl" else {}
     generator = torch.Generator().manual_seed(10 + rank)
 
     def batch() -> tuple[torch.Tensor, torch.Tensor]:
         return torch.randn(8, 12, generator=generator), torch.randint(5, (8,), generator=generator)
 
-    calibration = [batch()] if method == "snip" else None
-    sparse = rarefy.sparsify(model, method, sparsity=0.7, optimizer=optimizer, calibration=calibration, **options)
-    wrapped = DistributedDataParallel(model, find_unused_parameters=branches)
+    method = "rigl" if case == "branches" else case
+    sparse = rarefy.sparsify(
+        model,
+        method,
+        sparsity=0.7,
+        optimizer=optimizer,
+        calibration=[batch()] if method == "snip" else None,
+        **({"every": 2} if method == "rigl" else {}),
+    )
+    wrapped = DistributedDataParallel(model, find_unused_parameters=case == "branches")
     for _ in range(6):
         x, y = batch()
         F.cross_entropy(wrapped(x), y).backward()
         optimizer.step()
         optimizer.zero_grad()
-    torch.save({"masks": sparse.masks(), "weights": model.state_dict()}, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return {"masks": sparse.masks(), "weights": model.state_dict()}
 
 
-@pytest.mark.parametrize("method", ["rigl", "branches", "magnitude", "snip"])
-def test_ranks_agree(method: str, tmp_path: Path) -> None:
-    mp.spawn(work, (str(tmp_path), method), nprocs=2)
-    one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(work, (str(folder),), nprocs=2)
+    return folder
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_agree(case: str, results: Path) -> None:
+    one, two = (torch.load(results / f"{case}-{rank}.pt", weights_only=True) for rank in (0, 1))
     for part in ("masks", "weights"):
         assert all(torch.equal(value, two[part][name]) for name, value in one[part].items())
     assert all(not one["weights"][name][~mask].any() for name, mask in one["masks"].items())
