@@ -97,13 +97,11 @@ def test_on_a_gpu_masks_are_those_of_the_cpu() -> None:
 @pytest.mark.gpu
 def test_a_model_may_move_to_the_gpu_later() -> None:
     model = mlp()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    sparse = rarefy.sparsify(model, "rigl", sparsity=0.8, optimizer=optimizer, every=2)
+    sparse = rarefy.sparsify(model, "rigl", sparsity=0.8, every=2)
     backward(model, 0)
-    optimizer.step()
-    optimizer.zero_grad()
+    sparse.step()
+    model.zero_grad()
     model.cuda()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     x, y = (t.cuda() for t in batch(0))
     nn.functional.cross_entropy(model(x), y).backward()
     sparse.step()

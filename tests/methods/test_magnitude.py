@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -132,3 +133,30 @@ def test_a_kept_weight_that_is_zero_is_not_confused_with_a_pruned_one() -> None:
         masks.append(sparse.layers["weight"].mask())
         assert (masks[-2] | ~masks[-1]).all()
     assert sparse.nnz == 10
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("allocation", ["erk", "er", "global", "lamp"])
+def test_gradual_ends_at_exactly_the_number_asked_for(allocation: str, seed: int) -> None:
+    torch.manual_seed(seed)
+    widths = torch.randint(4, 40, (9,)).tolist()
+    model = nn.Sequential(*[nn.Linear(a, b) for a, b in pairwise(widths)])
+    sparse = rarefy.sparsify(model, "gradual", sparsity=0.8, start=0, stop=20, every=1, allocation=allocation)
+    for step in range(20):
+        sparse.step()
+        if step == 10:  # kept weights that are zero rank above dropped ones
+            with torch.no_grad():
+                model[0].weight.zero_()
+    assert sparse.nnz == int(0.2 * sparse.numel + 0.5)
+
+
+def test_gradual_at_one_instant_prunes_there() -> None:
+    assert rarefy.sparsify(mlp(), "gradual", sparsity=0.8, start=0, stop=0).sparsity == pytest.approx(0.8, abs=1e-2)
+
+
+def test_a_layer_that_is_not_a_number_is_named() -> None:
+    model = mlp()
+    with torch.no_grad():
+        model[3].weight[0, 0] = float("nan")
+    with pytest.raises(rarefy.RarefyError, match=r"3\.weight \[20, 16\].*NaN"):
+        rarefy.sparsify(model, "magnitude", sparsity=0.5, allocation="uniform")

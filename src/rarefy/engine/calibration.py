@@ -35,7 +35,7 @@ def gradients(sparse: Sparsifier) -> dict[str, Tensor]:
     """
     loss = sparse.loss or cross_entropy
     weights = {name: layer.target.parameter for name, layer in sparse.layers.items()}
-    total = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    total = {n: torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for n, w in weights.items()}
     buffers = {name: buffer.clone() for name, buffer in sparse.model.named_buffers()}
     frozen = [weight for weight in weights.values() if not weight.requires_grad]
     seen = 0

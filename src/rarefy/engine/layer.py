@@ -76,8 +76,8 @@ class Layer(ABC):
         """Return the weight as a dense tensor, detached, zero where it is not kept. Not for writing."""
 
     @abstractmethod
-    def counts(self) -> Tensor:
-        """Return how many units each group keeps; int64 [groups]."""
+    def counts(self, chosen: Tensor | None = None) -> Tensor:
+        """Return how many units each group keeps, or has among the chosen ones; int64 [groups]."""
 
     @abstractmethod
     def explored(self) -> int:
@@ -90,8 +90,8 @@ class Layer(ABC):
         """Choose in each group the units with the largest summed `scores` (weight-shaped)."""
 
     @abstractmethod
-    def largest_magnitudes(self, counts: Tensor) -> Tensor:
-        """Choose among the kept units those with the largest sum of |w|."""
+    def largest_magnitudes(self, counts: Tensor | int) -> Tensor:
+        """Choose among the kept units those with the largest sum of |w|: so many in each group, or (int) in all."""
 
     @abstractmethod
     def random(self, counts: Tensor, generator: torch.Generator, *, besides: Tensor | None = None) -> Tensor:
@@ -133,8 +133,16 @@ class Layer(ABC):
         """Stop managing the weight and leave it as it is."""
 
     @abstractmethod
+    def after_load(self) -> None:
+        """Apply the mask to what `load_state_dict` brought, and remember that until the next step."""
+
+    @abstractmethod
     def enforce(self) -> None:
         """Make the weight exactly zero wherever it is not kept."""
+
+    @abstractmethod
+    def after_step(self) -> None:
+        """Enforce, and close the sum of gradients: what comes after this optimizer's step is not part of it."""
 
     @abstractmethod
     def watch_gradient(self, wanted: bool) -> None:
@@ -143,7 +151,7 @@ class Layer(ABC):
     @property
     @abstractmethod
     def has_gradient(self) -> bool:
-        """Whether a dense gradient was collected for this step, on any rank; every rank must ask."""
+        """Whether a finite dense gradient was collected for this step, on any rank; every rank must ask."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, object]:

@@ -15,15 +15,20 @@ class Loadable(Protocol):
 class AfterLoad:
     """Calls its owner's `after_load()`; never follows its module into a copy or a pickle.
 
-    So a deepcopy, an averaged model or a saved file of a sparse model is a plain model.
+    So a deepcopy or an averaged model of a sparse model is a plain model. (A whole model that is pickled before
+    `finalize()` names this class, so rarefy must be installed where it is loaded; a state dict does not.)
     """
 
     def __init__(self, owner: Loadable | None = None) -> None:
         self._owner = None if owner is None else weakref.ref(owner)
 
+    @property
+    def owner(self) -> Loadable | None:
+        """The object that is called, while it lives."""
+        return None if self._owner is None else self._owner()
+
     def __call__(self, module: nn.Module, incompatible_keys: object) -> None:
-        owner = self._owner() if self._owner is not None else None
-        if owner is not None:
+        if (owner := self.owner) is not None:
             owner.after_load()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AfterLoad:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from torch.utils.weak import TensorWeakRef
 
 from rarefy import kernels
 from rarefy.engine.distributed import average, on_any_rank
@@ -45,9 +44,9 @@ class MaskedLayer(Layer):
         self._on_load = on_load
         self._attached = False
         self._handles: list[RemovableHandle] = []
-        self._hooked: weakref.ref[nn.Parameter] | None = None
         self._gradient = _GradientSum()
-        self._loaded: Tensor | None = None  # what load_state_dict brought, until the next step
+        # What load_state_dict brought, until the next step, and the weight's version once it was masked.
+        self._loaded: tuple[Tensor, int] | None = None
 
     # --- what it holds ----------------------------------------------------------------------------------------------
 
@@ -66,8 +65,8 @@ class MaskedLayer(Layer):
         weight = self.parameter.detach()
         return weight if self._attached or self._nnz == self.numel else weight.masked_fill(~self._here(), 0)
 
-    def counts(self) -> Tensor:
-        return self._kept_units().sum(dim=1)
+    def counts(self, chosen: Tensor | None = None) -> Tensor:
+        return (self._kept_units() if chosen is None else chosen).sum(dim=1)
 
     def explored(self) -> int:
         return self._nnz if self._ever is None else int(self._ever.sum())
@@ -77,9 +76,11 @@ class MaskedLayer(Layer):
     def best(self, scores: Tensor, counts: Tensor) -> Tensor:
         return self._top(self.pattern.pool(scores), counts)
 
-    def largest_magnitudes(self, counts: Tensor) -> Tensor:
-        scores = self.pattern.pool(self.weight().abs())
-        return self._top(scores.masked_fill(~self._kept_units(), -1), counts)
+    def largest_magnitudes(self, counts: Tensor | int) -> Tensor:
+        scores = self.pattern.pool(self.weight().abs()).masked_fill(~self._kept_units(), -1)
+        if isinstance(counts, int):
+            return self._top(scores.reshape(-1), counts).view_as(scores)
+        return self._top(scores, counts)
 
     def largest_gradients(self, counts: Tensor, *, besides: Tensor) -> Tensor:
         if not self.has_gradient:
@@ -154,14 +155,13 @@ class MaskedLayer(Layer):
         self._attached = True
         self.enforce()
         self._handles.append(self.module.register_load_state_dict_post_hook(AfterLoad(self)))
-        self._hook_parameter()
 
     def detach(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._attached, self._hooked, self._loaded = False, None, None
-        self._gradient.watch(False)
+        self._attached, self._loaded = False, None
+        self._gradient.watch(None)
 
     @torch.no_grad()
     def enforce(self) -> None:
@@ -171,34 +171,41 @@ class MaskedLayer(Layer):
         if self._attached:
             self._hook_parameter()
 
+    def after_step(self) -> None:
+        self.enforce()
+        self._gradient.close()
+
     def _hook_parameter(self) -> None:
-        """Watch the parameter that the module holds now: it may have been replaced, or unfrozen, at any time."""
+        """Watch the parameter that the module holds now: it may have been replaced, swapped, or unfrozen, at any time."""
         parameter = self.parameter
-        if parameter.requires_grad and (self._hooked is None or self._hooked() is not parameter):
-            self._handles.append(parameter.register_post_accumulate_grad_hook(self._after_backward))
-            self._hooked = weakref.ref(parameter)
-            if self._nnz < self.numel:  # what came before the hook was not masked
-                if parameter.grad is not None:
-                    kernels.apply_mask_(parameter.grad, self._here())
-                self._optimizers.refresh(parameter, ~self._here())
+        hooks = parameter._post_accumulate_grad_hooks
+        if not parameter.requires_grad or (hooks and any(hook == self._after_backward for hook in hooks.values())):
+            return
+        self._handles.append(parameter.register_post_accumulate_grad_hook(self._after_backward))
+        if self._nnz < self.numel:  # what came before the hook was not masked
+            if parameter.grad is not None:
+                kernels.apply_mask_(parameter.grad, self._here())
+            self._optimizers.refresh(parameter, ~self._here())
 
     @torch.no_grad()
     def _after_backward(self, parameter: Tensor) -> None:
         """Mask the gradient, so that clipping, momentum and mixing optimizers see kept weights only."""
         if parameter.grad is None or parameter is not self.parameter:
             return
-        mask = self._here()
-        self._gradient.see(parameter.grad, mask)
+        self._gradient.commit()
         if self._nnz < self.numel:
-            kernels.apply_mask_(parameter.grad, mask)
-        self._gradient.seen(parameter.grad)
+            kernels.apply_mask_(parameter.grad, self._here())
+        self._gradient.leave(parameter.grad)
 
     def watch_gradient(self, wanted: bool) -> None:
-        self._gradient.watch(wanted)
+        self._gradient.watch(self.parameter if wanted else None)
 
     @property
     def has_gradient(self) -> bool:
-        return on_any_rank(self._gradient.total is not None, self._mask.device)
+        total, device = self._gradient.total, self._mask.device
+        # Outside the mask GradScaler does not see an overflow; scores that are not numbers must not decide.
+        overflow = on_any_rank(total is not None and not bool(torch.isfinite(total).all()), device)
+        return on_any_rank(total is not None, device) and not overflow
 
     @torch.no_grad()
     def after_load(self) -> None:
@@ -206,14 +213,16 @@ class MaskedLayer(Layer):
 
         Whichever of the model's and the sparsifier's state is loaded first, nothing is lost: see `load_state_dict`.
         """
-        self._hook_parameter()
+        self._loaded = None
         weight = self.parameter
         revived = int(torch.count_nonzero(weight.masked_fill(self._here(), 0)))
         if revived:
             loaded = weight.detach().clone()
             self.enforce()
-            self._loaded = loaded
+            self._loaded = (loaded, weight._version)
             self._on_load(self, revived)
+        else:
+            self._hook_parameter()
 
     # --- saving -----------------------------------------------------------------------------------------------------
 
@@ -244,8 +253,10 @@ class MaskedLayer(Layer):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         device = self.parameter.device
         mask = kernels.unpack_mask(state["mask"], self.shape).to(device)
-        if self._loaded is not None:  # the weights came first, and were zeroed by a mask that was not theirs
-            self.parameter.copy_(self._loaded)
+        if self._loaded is not None and self._loaded[1] == self.parameter._version:
+            self.parameter.copy_(
+                self._loaded[0]
+            )  # the weights came first, and were zeroed by a mask that was not theirs
         self._mask, self._nnz = mask, int(mask.sum())
         ever = state["explored"]
         self._ever = None if ever is None else kernels.unpack_mask(ever, self.shape).to(device)
@@ -261,7 +272,7 @@ class MaskedLayer(Layer):
             self._mask = self._mask.to(device)
         return self._mask
 
-    def _top(self, scores: Tensor, counts: Tensor) -> Tensor:
+    def _top(self, scores: Tensor, counts: Tensor | int) -> Tensor:
         try:
             return kernels.select_k(scores, counts)
         except OptionError as error:  # NaN: training has diverged
@@ -277,27 +288,42 @@ class MaskedLayer(Layer):
 class _GradientSum:
     """The dense gradient of one optimizer step, summed over its backward passes as `.grad` itself is.
 
-    `.grad` holds masked sums of earlier passes: outside the mask it holds this pass alone, and inside it the whole sum.
+    A tensor hook sees each pass's own gradient before it is accumulated (and masked); the sum takes it in once the pass
+    has been accumulated, so that `torch.autograd.grad` leaves no trace. It begins anew when `.grad` was dropped or zeroed.
     """
 
     def __init__(self) -> None:
         self.total: Tensor | None = None
-        self._watching = False
-        self._last: tuple[TensorWeakRef, int] | None = None
+        self._handle: RemovableHandle | None = None
+        self._pass: tuple[Tensor, bool] | None = None
+        self._left_zero = False
 
-    def watch(self, wanted: bool) -> None:
-        self._watching, self.total, self._last = wanted, None, None
+    def watch(self, parameter: nn.Parameter | None) -> None:
+        """Begin a new sum for this parameter; None: forget it."""
+        self.close()
+        self.total, self._left_zero = None, False
+        if parameter is not None and parameter.requires_grad:
+            weak = weakref.ref(parameter)
+            self._handle = parameter.register_hook(lambda gradient: self._see(gradient, weak()))
 
-    def see(self, grad: Tensor, mask: Tensor) -> None:
-        if not self._watching:
-            return
-        # Accumulation changes the same tensor once. A new tensor, or any other change (zero_grad), begins a new sum.
-        continues = self._last is not None and self._last[0]() is grad and grad._version == self._last[1] + 1
-        if self.total is not None and continues:
-            self.total = torch.where(mask, grad, self.total + grad)
-        else:
-            self.total = grad.detach().clone()
+    def close(self) -> None:
+        """Take in nothing more."""
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle, self._pass = None, None
 
-    def seen(self, grad: Tensor) -> None:
-        if self._watching:
-            self._last = (TensorWeakRef(grad), grad._version)
+    def _see(self, gradient: Tensor, parameter: Tensor | None) -> None:
+        old = None if parameter is None else parameter.grad
+        self._pass = (gradient.detach(), old is None or (not self._left_zero and not bool(old.any())))
+
+    def commit(self) -> None:
+        """Take in the pass that was seen last."""
+        if self._pass is not None:
+            gradient, anew = self._pass
+            self.total = gradient.clone() if anew or self.total is None else self.total.add_(gradient)
+            self._pass = None
+
+    def leave(self, grad: Tensor) -> None:
+        """Remember whether the masked sum is zero by itself, and not because it was zeroed."""
+        if self._handle is not None:
+            self._left_zero = not bool(grad.any())

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+_WRAPPER_FILE = inspect.getsourcefile(Optimizer)  # where torch's wrapper around `step` lives
 
 
 def fresh_value(optimizer: Optimizer, group: dict[str, Any], key: str) -> float:
@@ -23,11 +27,16 @@ class Optimizers:
     """The user's optimizers, looked up afresh at every call: parameters and groups may be added at any time."""
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
-        self.all = list(optimizers)
+        self.all = list({id(optimizer): optimizer for optimizer in optimizers}.values())
 
-    def owners(self) -> dict[int, Optimizer]:
-        """Return which optimizer holds each parameter, by the parameter's id."""
-        return {id(p): optimizer for optimizer in self.all for group in optimizer.param_groups for p in group["params"]}
+    def holders(self) -> dict[int, list[Optimizer]]:
+        """Return which optimizers hold each parameter, by the parameter's id."""
+        found: dict[int, list[Optimizer]] = {}
+        for optimizer in self.all:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    found.setdefault(id(parameter), []).append(optimizer)
+        return found
 
     @torch.no_grad()
     def refresh(self, parameter: nn.Parameter, where: Tensor) -> None:
@@ -42,3 +51,19 @@ class Optimizers:
             for group in optimizer.param_groups:
                 if any(p is parameter for p in group["params"]):
                     yield optimizer, group
+
+
+def inside_another_step(optimizer: Optimizer) -> bool:
+    """Whether a step post-hook runs inside an outer `step` of the same optimizer.
+
+    torch runs hooks around every class's own `step`: a subclass whose `step` calls its base's runs them twice.
+    """
+    hooked = [cls for cls in type(optimizer).__mro__ if getattr(vars(cls).get("step"), "hooked", False)]
+    if len(hooked) < 2:
+        return False
+    frame, depth = sys._getframe(1), 0
+    while frame is not None:
+        if frame.f_code.co_filename == _WRAPPER_FILE and frame.f_code.co_name == "wrapper":
+            depth += frame.f_locals.get("self") is optimizer
+        frame = frame.f_back  # type: ignore[assignment]
+    return depth > 1

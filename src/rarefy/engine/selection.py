@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
@@ -18,7 +18,9 @@ Selector = str | re.Pattern[str] | type[nn.Module] | Callable[[str, nn.Module], 
 """A name glob ("layer1.*", "fc?.weight"), a compiled regular expression, a module type, or a predicate(name, module)."""
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
-_WRAPPERS = ("_orig_mod.", "module.")  # prefixes that torch.compile and DistributedDataParallel put before every name
+_WRAPPERS = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
+_LAZY = "the shape of this lazy parameter is not known yet"
+_RECURRENT = re.compile(r"weight_(ih|hh|hr)(_l\d+)?(_reverse)?")
 
 
 @dataclass(frozen=True)
@@ -51,15 +53,16 @@ class LeftOut:
     reason: str
 
 
-def clean_name(name: str) -> str:
-    """Drop the prefixes of `torch.compile` and DistributedDataParallel, so that names are those of the user's model."""
-    stripped = True
-    while stripped:
-        stripped = False
-        for prefix in _WRAPPERS:
-            if name.startswith(prefix):
-                name, stripped = name[len(prefix) :], True
-    return name.replace("._orig_mod.", ".")
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield every module under every name it has, without what torch.compile and data parallelism put before names."""
+    clean = {"": ""}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for raw, module in modules.items():
+        if raw:
+            parent, _, last = raw.rpartition(".")
+            wrapped = _WRAPPERS.get(type(modules[parent]).__name__) == last
+            clean[raw] = clean[parent] if wrapped else f"{clean[parent]}.{last}".removeprefix(".")
+        yield clean[raw], module
 
 
 def weight_attributes(module: nn.Module) -> list[str]:
@@ -70,8 +73,30 @@ def weight_attributes(module: nn.Module) -> list[str]:
         names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
         return [name for name in names if getattr(module, name) is not None]
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):
-        return [name for name, _ in module.named_parameters(recurse=False) if name.startswith("weight_")]
+        return [name for name, _ in module.named_parameters(recurse=False) if _RECURRENT.fullmatch(name)]
     return []
+
+
+def list_weights(model: nn.Module) -> tuple[list[Target], list[LeftOut]]:
+    """List the weights that could be made sparse, in the model's order, and every other parameter with the reason."""
+    found: dict[int, Target] = {}
+    left: list[LeftOut] = []
+    for module_name, module in named_modules(model):
+        # A parametrized weight is computed, not stored: its original is a parameter of another module.
+        supported = [a for a in weight_attributes(module) if not parametrize.is_parametrized(module, a)]
+        for attribute, parameter in module.named_parameters(recurse=False):
+            name = f"{module_name}.{attribute}" if module_name else attribute
+            if id(parameter) in found:
+                first = found[id(parameter)]
+                found[id(parameter)] = replace(first, aliases=(*first.aliases, name))
+                left.append(LeftOut(name, tuple(parameter.shape), f"tied to {first.name}, which stands for both"))
+            elif isinstance(parameter, UninitializedParameter):
+                left.append(LeftOut(name, (), _LAZY))
+            elif attribute in supported:
+                found[id(parameter)] = Target(name, module_name, module, attribute)
+            else:
+                left.append(LeftOut(name, tuple(parameter.shape), _why_not(module, attribute, parameter)))
+    return list(found.values()), left
 
 
 def find_targets(
@@ -83,30 +108,10 @@ def find_targets(
 
     Raises SelectionError when a selector matches nothing, when nothing is left, or when a chosen layer cannot be sparse.
     """
-    found: dict[int, Target] = {}
-    left: list[LeftOut] = []
-    for raw, module in model.named_modules():
-        module_name = clean_name(raw + ".")[:-1] if raw else ""
-        # A parametrized weight is computed, not stored: its original is a parameter of another module.
-        supported = [a for a in weight_attributes(module) if not parametrize.is_parametrized(module, a)]
-        for attribute, parameter in module.named_parameters(recurse=False):
-            name = f"{module_name}.{attribute}" if module_name else attribute
-            if id(parameter) in found:
-                first = found[id(parameter)]
-                found[id(parameter)] = Target(
-                    first.name, first.module_name, first.module, first.attribute, (*first.aliases, name)
-                )
-                left.append(LeftOut(name, tuple(parameter.shape), f"tied to {first.name}, which stands for both"))
-            elif isinstance(parameter, UninitializedParameter):
-                raise SelectionError(
-                    f"{name}: the shape of this lazy parameter is not known yet. Run one batch through the model first."
-                )
-            elif attribute in supported:
-                found[id(parameter)] = Target(name, module_name, module, attribute)
-            else:
-                left.append(LeftOut(name, tuple(parameter.shape), _why_not(module, attribute, parameter)))
-
-    targets = list(found.values())
+    targets, left = list_weights(model)
+    lazy = [item.name for item in left if item.reason == _LAZY]
+    if lazy:
+        raise SelectionError(f"{', '.join(lazy)}: {_LAZY}. Run one batch through the model first.")
     if not targets:
         raise SelectionError(
             "This model holds no weight that can be made sparse: none of its modules is a Linear, Conv1d/2d/3d, Embedding, "

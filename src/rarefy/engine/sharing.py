@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from glob import escape
 
@@ -21,7 +21,10 @@ Rule = str | Mapping[str, float]
 
 
 def share(
-    layers: Mapping[str, Layer], sparsity: float, rule: Rule, scores: Mapping[str, Tensor] | None = None
+    layers: Mapping[str, Layer],
+    sparsity: float,
+    rule: Rule,
+    scores: Callable[[], Mapping[str, Tensor]] | None = None,
 ) -> dict[str, Tensor]:
     """Return how many units each layer keeps in each of its groups: name -> int64 [groups].
 
@@ -30,16 +33,25 @@ def share(
         sparsity: fraction of zeros over all these layers together. Where a pattern prescribes its own (N:M), sparsities
             below that are stages on the way to it.
         rule: "uniform", "uniform+", "er", "erk", "global", "lamp", or sparsities by name.
-        scores: weight-shaped, not negative; needed by "global" and "lamp" only.
+        scores: gives weight-shaped scores, not negative; asked by "global" and "lamp" only. Weights that are dropped now
+            rank below all that are kept.
 
     Raises AllocationError when a shape-based rule leaves a layer empty; a score-based one may (with a warning).
     """
     if all(layer.pattern.fixed_sparsity is not None for layer in layers.values()):
+        if not isinstance(rule, str):
+            _check_fixed(layers, rule)
         return {name: _full(layer, _stage(layer, sparsity)) for name, layer in layers.items()}
     if isinstance(rule, str) and rule in allocation.SCORED:
         assert scores is not None, f"{rule} needs scores"
-        ranked = {name: _per_weight(layer, scores[name]) for name, layer in layers.items()}
-        kept = allocation.global_counts({n: lamp(s) for n, s in ranked.items()} if rule == "lamp" else ranked, sparsity)
+        given = scores()
+        ranked = {name: _per_weight(layer, given[name]) for name, layer in layers.items()}
+        if rule == "lamp":
+            ranked = {name: lamp(values) for name, values in ranked.items()}
+        ranked = {
+            n: r.masked_fill(~layers[n].mask(), -1) if layers[n].nnz < r.numel() else r for n, r in ranked.items()
+        }
+        kept = allocation.global_counts(ranked, sparsity)
     else:
         by_name = rule if isinstance(rule, str) else _by_layer(layers, rule)
         kept = allocation.counts({name: layer.shape for name, layer in layers.items()}, sparsity, by_name)
@@ -72,6 +84,16 @@ def _by_layer(layers: Mapping[str, Layer], rule: Mapping[str, float]) -> dict[st
         ]
         raise SelectionError(f"sparsities by layer name: {'; '.join(problems)}. Layers: {', '.join(layers)}.")
     return {escape(name): rule[glob] for name, glob in chosen.items()}
+
+
+def _check_fixed(layers: Mapping[str, Layer], rule: Mapping[str, float]) -> None:
+    for name, sparsity in _by_layer(layers, rule).items():
+        fixed = next(iter(layers.values())).pattern.fixed_sparsity or 0.0
+        if abs(sparsity - fixed) > 1e-9:
+            raise AllocationError(
+                f"{name}: the pattern makes {fixed:g} of its weights zero, and the allocation asks for {sparsity:g}. "
+                "Exclude a layer that should stay dense."
+            )
 
 
 def _stage(layer: Layer, sparsity: float) -> int:

@@ -17,11 +17,11 @@ from rarefy.engine.layer import Change, Layer
 from rarefy.engine.loading import AfterLoad
 from rarefy.engine.masked import MaskedLayer
 from rarefy.engine.method import Method
-from rarefy.engine.optimizer_state import Optimizers
-from rarefy.engine.selection import LeftOut, Selector, check_fit, find_targets
+from rarefy.engine.optimizer_state import Optimizers, inside_another_step
+from rarefy.engine.selection import LeftOut, Selector, Target, check_fit, find_targets, list_weights
 from rarefy.engine.state import FORMAT, check_plain_parts, plain
 from rarefy.engine.summary import Row, Summary
-from rarefy.errors import OptionError, StateError, nearest
+from rarefy.errors import OptionError, SelectionError, StateError, nearest
 from rarefy.metrics.flops import flops
 from rarefy.patterns import Pattern, parse_pattern
 
@@ -85,6 +85,7 @@ class Sparsifier:
         targets, self.left_out = find_targets(model, include, exclude)
         pattern: Pattern = parse_pattern(getattr(method, "pattern", "unstructured"))
         check_fit(pattern, targets)
+        _check_free(targets)
         make = STORAGES[storage]
         self.layers: dict[str, Layer] = {
             t.name: make(t, pattern, self._optimizers, on_change=self._changed, on_load=self._loaded) for t in targets
@@ -125,6 +126,10 @@ class Sparsifier:
         """Return a bool copy of every mask by parameter name; True = kept."""
         return {name: layer.mask() for name, layer in self.layers.items()}
 
+    def magnitudes(self) -> dict[str, Tensor]:
+        """Return |w| of every layer, weight-shaped."""
+        return {name: layer.weight().abs() for name, layer in self.layers.items()}
+
     def explored(self) -> float:
         """Return R_s, the share of weights that have been kept at any time so far (ITOP, arXiv 2102.02887)."""
         return sum(layer.explored() for layer in self.layers.values()) / self.numel
@@ -151,34 +156,50 @@ class Sparsifier:
 
     def _added_since(self) -> list[LeftOut]:
         known = {item.name for item in self.left_out} | set(self.layers)
-        targets, left = find_targets(self.model)
+        targets, left = list_weights(self.model)
         new = [LeftOut(t.name, t.shape, "added after sparsify()") for t in targets if t.name not in known]
+        new += [
+            LeftOut(t.name, t.shape, "its module was replaced after sparsify()")
+            for t in targets
+            if t.name in self.layers and self.layers[t.name].module is not t.module
+        ]
         return new + [item for item in left if item.name not in known and not item.reason.startswith("tied")]
 
     # --- one step ---------------------------------------------------------------------------------------------------
 
     def step(self) -> None:
         """Do what follows an optimizer step. Only for loops whose optimizer was not given to `sparsify`."""
+        if self._optimizers.all:
+            raise OptionError(
+                "step() is for loops without a torch optimizer: this sparsifier follows its optimizer's steps."
+            )
         for layer in self.layers.values():
-            layer.enforce()
+            layer.after_step()
         self._advance()
 
     def _after_optimizer_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if len(self._optimizers.all) == 1:
-            mine, is_clock = list(self.layers.values()), True
-        else:  # the last optimizer that holds sparse weights is the clock
-            owners = self._optimizers.owners()
-            held = {name: owners.get(id(layer.target.parameter)) for name, layer in self.layers.items()}
-            mine = [layer for name, layer in self.layers.items() if held[name] is optimizer]
-            holders = [o for o in self._optimizers.all if any(o is owner for owner in held.values())]
-            is_clock = optimizer is (holders or self._optimizers.all)[-1]
+        if inside_another_step(optimizer):
+            return
+        mine, is_clock = list(self.layers.values()), True
+        if len(self._optimizers.all) > 1:
+            found = self._optimizers.holders()
+            holders = {name: found.get(id(layer.target.parameter), []) for name, layer in self.layers.items()}
+            mine = [layer for name, layer in self.layers.items() if optimizer in holders[name]]
+            # The clock is the last optimizer that holds sparse weights, and any other that holds them too.
+            last = next(
+                (o for o in reversed(self._optimizers.all) if any(o in held for held in holders.values())), None
+            )
+            is_clock = optimizer is last or any(optimizer in held and last in held for held in holders.values())
+        skipped = _was_skipped(optimizer)
         for layer in mine:
-            layer.enforce()
-        if is_clock and not _was_skipped(optimizer):
+            layer.after_step()
+            if skipped:
+                layer.watch_gradient(self._watching)
+        if is_clock and not skipped:
             self._advance()
 
     def _advance(self) -> None:
-        self.after_load()
+        self._announce_reload()
         self.step_count += 1
         self._dense_gradient_steps += self._watching
         for name, layer in self.layers.items():
@@ -205,10 +226,10 @@ class Sparsifier:
                 layer.keep(shared)
 
     def _attach(self) -> None:
-        for layer in self.layers.values():
-            layer.attach()
         for optimizer in self._optimizers.all:
             self._handles.append(optimizer.register_step_post_hook(self._after_optimizer_step))
+        for layer in self.layers.values():
+            layer.attach()
         self._handles.append(self.model.register_load_state_dict_post_hook(AfterLoad(self)))
         self._attached = True
 
@@ -235,7 +256,13 @@ class Sparsifier:
         self._reloaded[layer.name] = revived
 
     def after_load(self) -> None:
-        """Say so when loaded weights were not zero where the masks are."""
+        """Apply the masks where only another name of a tied weight was loaded, and say what was not zero."""
+        for layer in self.layers.values():
+            if layer.target.aliases:
+                layer.after_load()
+        self._announce_reload()
+
+    def _announce_reload(self) -> None:
         if self._reloaded:
             names = ", ".join(f"{name} ({count:,})" for name, count in self._reloaded.items())
             self._reloaded = {}
@@ -294,7 +321,7 @@ class Sparsifier:
     def _check_state(self, state: dict[str, Any]) -> None:
         if not isinstance(state, dict) or state.get("format") != FORMAT:
             raise StateError("This is not a sparsifier's state, or it was written by another version of rarefy.")
-        check_plain_parts(state, len(self.layers), self.generator)
+        check_plain_parts(state, len(self.layers))
         mine = {k: plain(v) for k, v in self.method.options().items()} | {"total_steps": self.total_steps}
         saved = {**state["options"], "total_steps": state["total_steps"]}
         if state["method"] != self.method.name:
@@ -325,7 +352,24 @@ def _check_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None) -> list
                 f"optimizer={type(item).__name__} is not a torch.optim.Optimizer. "
                 "Leave it out and call sparse.step() after each of its steps."
             )
+        if not hasattr(item, "_optimizer_step_post_hooks"):
+            raise OptionError(
+                f"optimizer={type(item).__name__} has no step hooks: its class does not call Optimizer.__init__. Give the "
+                "optimizer that it wraps, or leave it out and call sparse.step() after each of its steps."
+            )
     return optimizers
+
+
+def _check_free(targets: Sequence[Target]) -> None:
+    """Refuse weights that another sparsifier still manages: the two would undo each other's work."""
+    for target in targets:
+        for hook in target.module._load_state_dict_post_hooks.values():
+            owner = hook.owner if isinstance(hook, AfterLoad) else None
+            if isinstance(owner, Layer) and owner.target.attribute == target.attribute:
+                raise SelectionError(
+                    f"{target.name} {list(target.shape)} is sparse already: call finalize() or detach() of the sparsifier "
+                    "that manages it first, or exclude it."
+                )
 
 
 def _was_skipped(optimizer: Optimizer) -> bool:

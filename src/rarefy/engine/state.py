@@ -35,7 +35,7 @@ def plain(value: Any) -> Any:
     return [plain(v) for v in value] if isinstance(value, list | tuple) else str(value)
 
 
-def check_plain_parts(state: dict[str, Any], layers: int, generator: torch.Generator) -> None:
+def check_plain_parts(state: dict[str, Any], layers: int) -> None:
     """Raise StateError unless every part is there and is of its kind."""
     missing = _PARTS.keys() - state.keys()
     if missing:
@@ -43,11 +43,13 @@ def check_plain_parts(state: dict[str, Any], layers: int, generator: torch.Gener
     for part, kind in _PARTS.items():
         if not isinstance(state[part], kind):
             raise StateError(f"The saved state is damaged: its {part} is a {type(state[part]).__name__}.")
-    events, now = state["events"], generator.get_state()
+    events = state["events"]
     if events.ndim != 2 or events.shape[1] != 5 or events.dtype != torch.int64 or not _in_range(events[:, 1], layers):
         raise StateError("The saved state is damaged: its events are not a log of this model's layers.")
-    if state["generator"].shape != now.shape or state["generator"].dtype != now.dtype:
-        raise StateError("The saved state is damaged: its generator state has another size.")
+    try:
+        torch.Generator().set_state(state["generator"])
+    except (RuntimeError, TypeError) as error:
+        raise StateError(f"The saved state is damaged: its generator state is not one ({error}).") from error
 
 
 def _in_range(values: Tensor, stop: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,6 +27,7 @@ class SET(Static):
         R = k weights, uniformly at random, outside K,
         mask = K + R.
 
+    Where the pattern prescribes a number per group (N:M, fan-in), a group grows as many as it has dropped.
     A grown weight starts at 0 with fresh optimizer state. A weight that is dropped and grown in one update keeps both.
     The update follows the optimizer step. The original drops the smallest positive and negative weights separately,
     once an epoch, with a constant fraction: set `decay="constant"` and `every` to the steps of an epoch.
@@ -62,12 +64,18 @@ class SET(Static):
         if not sparse.clock.due(step):
             return
         fraction = decay(self.decay)(self.drop_fraction, sparse.clock.progress(step))
+        unseen = []
         for layer in sparse.layers.values():
-            if self.can_grow(layer):
-                kept = layer.counts()
-                moved = (fraction * kept.double()).long()  # floor
-                survivors = layer.largest_magnitudes(kept - moved)
-                layer.rewire(survivors, self.grow(sparse, layer, moved, survivors))
+            if not self.can_grow(layer):
+                unseen.append(layer.name)
+                continue
+            kept = layer.counts()
+            survivors = layer.largest_magnitudes(int(kept.sum()) - int(fraction * int(kept.sum())))
+            layer.rewire(survivors, self.grow(sparse, layer, kept - layer.counts(survivors), survivors))
+        if unseen:
+            warnings.warn(
+                f"No finite gradient reached {', '.join(unseen)}: their masks stay as they are.", stacklevel=2
+            )
 
     def can_grow(self, layer: Layer) -> bool:
         """Whether the layer has what the growth rule looks at."""
@@ -88,7 +96,7 @@ class RigL(SET):
 
     the dense gradient of the update step, summed over its accumulated backward passes and averaged over ranks. It is the
     only dense gradient that is used: one step in `every`.
-    A layer that no backward pass reached at an update step keeps its mask.
+    A layer that no backward pass reached at an update step, or with an overflow, keeps its mask; a warning says so.
 
     Options, defaults and errors: those of `set` (alpha 0.3, every 100, stop at three quarters: the paper's).
     """

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from rarefy.allocation import SCORED
-from rarefy.engine import Layer, Method, Sparsifier
+from rarefy.engine import Method, Sparsifier
 from rarefy.engine.options import (
     check_allocation,
     check_clock,
@@ -119,7 +119,7 @@ class Gradual(Method):
 
     def choose(self, sparse: Sparsifier) -> None:
         if sparse.clock.first == 0:
-            self._prune(sparse, 0.0)
+            self._prune(sparse, sparse.clock.progress(0))
         if not (isinstance(self.allocation, str) and self.allocation in SCORED):  # can the layers take it at the end?
             _plan(sparse, self.sparsity, self.allocation)
 
@@ -136,14 +136,30 @@ class Gradual(Method):
 
 
 def prune(sparse: Sparsifier, sparsity: float, rule: Rule) -> None:
-    """Keep in each layer the units of largest |w|, as many as the rule gives it; never more than it keeps now."""
-    for layer, counts in _plan(sparse, sparsity, rule):
-        now = layer.counts()
-        counts = torch.minimum(counts.to(now.device), now)
-        if not torch.equal(counts, now):
+    """Keep in each layer the units of largest |w|, as many as the rule gives it; a dropped weight does not come back."""
+    for name, counts in without_growth(sparse, _plan(sparse, sparsity, rule)).items():
+        layer = sparse.layers[name]
+        if not torch.equal(counts, layer.counts().cpu()):
             layer.rewire(layer.largest_magnitudes(counts))
 
 
-def _plan(sparse: Sparsifier, sparsity: float, rule: Rule) -> list[tuple[Layer, torch.Tensor]]:
-    magnitudes = {name: layer.weight().abs() for name, layer in sparse.layers.items()}
-    return [(sparse.layers[n], counts) for n, counts in share(sparse.layers, sparsity, rule, magnitudes).items()]
+def without_growth(sparse: Sparsifier, counts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Lower the counts to what each layer keeps now; what one layer cannot take, the next that still can gets.
+
+    Only layers of one group trade: the others' counts are prescribed.
+    """
+    missing, result = 0, {}
+    for name, wanted in counts.items():
+        now = sparse.layers[name].counts().cpu()
+        result[name] = torch.minimum(wanted, now)
+        missing += int((wanted - result[name]).sum())
+    for name, layer in sparse.layers.items():
+        if missing and layer.groups == 1:
+            extra = min(missing, int(layer.counts()) - int(result[name]))
+            result[name] = result[name] + extra
+            missing -= extra
+    return result
+
+
+def _plan(sparse: Sparsifier, sparsity: float, rule: Rule) -> dict[str, torch.Tensor]:
+    return share(sparse.layers, sparsity, rule, sparse.magnitudes)

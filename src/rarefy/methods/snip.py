@@ -50,6 +50,6 @@ class SNIP(Method):
     def choose(self, sparse: Sparsifier) -> None:
         gradient = gradients(sparse)
         scores = {name: snip(layer.weight(), gradient[name]) for name, layer in sparse.layers.items()}
-        for name, counts in share(sparse.layers, self.sparsity, self.allocation, scores).items():
+        for name, counts in share(sparse.layers, self.sparsity, self.allocation, lambda: scores).items():
             layer = sparse.layers[name]
             layer.rewire(layer.best(scores[name], counts))

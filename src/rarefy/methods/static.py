@@ -49,8 +49,7 @@ class Static(Method):
             raise OptionError(f"init={self.init!r} must be 'fan-in' or 'dense'.")
 
     def choose(self, sparse: Sparsifier) -> None:
-        magnitudes = {name: layer.weight().abs() for name, layer in sparse.layers.items()}
-        for name, counts in share(sparse.layers, self.sparsity, self.allocation, magnitudes).items():
+        for name, counts in share(sparse.layers, self.sparsity, self.allocation, sparse.magnitudes).items():
             layer = sparse.layers[name]
             layer.rewire(layer.random(counts, sparse.generator))
 
