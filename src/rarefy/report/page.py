@@ -157,7 +157,8 @@ def _machine(comparison: Comparison) -> str:
     for key, pattern in (("cpu", "{}"), ("threads", "{} threads"), ("torch", "PyTorch {}"), ("rarefy", "rarefy {}")):
         found = sorted({str(environment[key]) for environment in environments if environment.get(key) is not None})
         if found:
-            named.append(pattern.format(" / ".join(found[:3])))
+            said = pattern.format(" / ".join(found[:3]))
+            named.append("1 thread a run" if said == "1 threads" else said)
     return f"Machine: {', '.join(named)}." if named else ""
 
 

@@ -83,6 +83,7 @@ class SparsityCallback(pl.Callback):
         saved = self._saved
         if saved is None and self.sparse is not None:  # a second trainer.fit with the same callback goes on
             saved = self.sparse.state_dict()
+            self.sparse.detach()
         if saved is None and trainer.ckpt_path is not None:
             raise StateError(
                 f"{trainer.ckpt_path} holds no sparsifier's state: it was saved without SparsityCallback. "

@@ -79,6 +79,8 @@ class HFSparsityCallback(TrainerCallback):
         optimizer = kwargs["optimizer"]
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper steps the one inside
         resumed = state.global_step > 0
+        if self.sparse is not None:  # trained before with this callback: that is over
+            self.sparse.detach()
         options = self.options if self.sparsity is None else {"sparsity": self.sparsity, **self.options}
         self.sparse = rarefy.sparsify(
             model,
