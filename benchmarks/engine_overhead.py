@@ -2,8 +2,9 @@
 
     .venv/bin/python benchmarks/engine_overhead.py [--threads N] [--rounds N] [--json FILE]
 
-1. One training step of ResNet-20 (batch 128, 32x32) and ResNet-50 (batch 4, 224x224) at 90 % sparsity: plain dense,
-   masked by rarefy (`static`, so every step is an ordinary one), and `torch.nn.utils.prune` with the same masks.
+1. One training step of LeNet-300-100 (batch 100), ResNet-20 (batch 128, 32x32) and ResNet-50 (batch 4, 224x224) at 90 %
+   sparsity: plain dense, masked by rarefy (`static`, so every step is an ordinary one), and `torch.nn.utils.prune` with
+   the same masks.
 2. One RigL update of all 25.5 M ResNet-50 weights at 90 %, beside one `torch.topk` of a tenth of the same numbers.
 3. Bit-packing 25.5 M mask entries, beside copying them.
 
@@ -62,9 +63,10 @@ def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor,
     return step
 
 
-def steps(name: str, batch: int, size: int, rounds: int) -> dict[str, Any]:
+def steps(name: str, shape: tuple[int, ...], rounds: int) -> dict[str, Any]:
     torch.manual_seed(0)
-    x, y = torch.randn(batch, 3, size, size), torch.randint(10, (batch,))
+    batch = shape[0]
+    x, y = torch.randn(shape), torch.randint(10, (batch,))
     variants: dict[str, Callable[[], object]] = {}
     masks: dict[str, Tensor] = {}
     for kind in ("dense", "rarefy", "torch.nn.utils.prune"):
@@ -127,8 +129,9 @@ def main() -> None:
     results = {
         "packing": packing(arguments.rounds),
         "update": update(arguments.rounds),
-        "resnet-20": steps("resnet-20", 128, 32, arguments.rounds),
-        "resnet-50": steps("resnet-50", 4, 224, arguments.rounds),
+        "lenet-300-100": steps("lenet-300-100", (100, 1, 28, 28), arguments.rounds * 40),
+        "resnet-20": steps("resnet-20", (128, 3, 32, 32), arguments.rounds),
+        "resnet-50": steps("resnet-50", (4, 3, 224, 224), arguments.rounds),
     }
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=2) + "\n")
