@@ -245,3 +245,8 @@ def test_calling_step_beside_an_optimizer_is_refused() -> None:
     sparse = rarefy.sparsify(model, "static", sparsity=0.8, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
     with pytest.raises(OptionError, match="follows its optimizer"):
         sparse.step()
+
+
+def test_an_optimizer_of_another_model_is_noticed() -> None:
+    with pytest.warns(UserWarning, match="holds none of the sparse weights"):
+        rarefy.sparsify(mlp(), "static", sparsity=0.8, optimizer=torch.optim.SGD(mlp().parameters(), lr=0.1))

@@ -104,6 +104,13 @@ class Sparsifier:
             self._take(state)
             self._attach()
         self.calibration = None  # seen, and not ours to keep alive
+        held = self._optimizers.holders()
+        if held and not any(id(layer.target.parameter) in held for layer in self.layers.values()):
+            warnings.warn(
+                "The optimizer holds none of the sparse weights: was it made for another copy of the model? Until they are "
+                "added to it, its steps do not train them.",
+                stacklevel=4,
+            )
 
     # --- what it is -------------------------------------------------------------------------------------------------
 
