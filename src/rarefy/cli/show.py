@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from rarefy.cli import app
+
+_WIDE = 160  # columns: room for the whole leaderboard
 
 
 @app.command()
@@ -72,6 +75,8 @@ def finish(folder: Path, out: Path | None = None) -> None:
     from rarefy.report import collect, leaderboard, print_leaderboard, write_html, write_table
 
     console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console = Console(width=_WIDE)  # into a file or a log: nothing has to be left out
     comparison = collect(folder)
     rows = leaderboard(comparison)
     console.print()

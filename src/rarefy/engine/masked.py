@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from rarefy import kernels
-from rarefy.engine.distributed import average, on_any_rank
+from rarefy.engine.distributed import active, average, on_any_rank
 from rarefy.engine.layer import Change, Layer
 from rarefy.engine.loading import AfterLoad
 from rarefy.engine.optimizer_state import Optimizers
@@ -83,10 +83,11 @@ class MaskedLayer(Layer):
         return self._top(scores, counts)
 
     def largest_gradients(self, counts: Tensor, *, besides: Tensor) -> Tensor:
-        if not self.has_gradient:
-            raise RarefyError(f"{self.name} {list(self.shape)}: no dense gradient was collected for this step.")
         gradient = self._gradient.total
-        gradient = torch.zeros_like(self.parameter) if gradient is None else gradient
+        if gradient is None:  # another rank may have seen one
+            if not active():
+                raise RarefyError(f"{self.name} {list(self.shape)}: no dense gradient was collected for this step.")
+            gradient = torch.zeros_like(self.parameter)
         scores = self.pattern.pool(average(gradient).abs())
         return self._top(scores.masked_fill(besides, -1), counts)
 

@@ -42,7 +42,7 @@ def share(
         if not isinstance(rule, str):
             _check_fixed(layers, rule)
         return {name: _full(layer, _stage(layer, sparsity)) for name, layer in layers.items()}
-    if isinstance(rule, str) and rule in allocation.SCORED:
+    if is_scored(rule):
         assert scores is not None, f"{rule} needs scores"
         given = scores()
         ranked = {name: _per_weight(layer, given[name]) for name, layer in layers.items()}
@@ -57,7 +57,7 @@ def share(
         kept = allocation.counts({name: layer.shape for name, layer in layers.items()}, sparsity, by_name)
     result = {name: _units(layer, kept[name]) for name, layer in layers.items()}
     if empty := [name for name, units in result.items() if not units.any()]:
-        if not (isinstance(rule, str) and rule in allocation.SCORED):
+        if not is_scored(rule):
             name = empty[0]
             raise AllocationError(
                 f"{name} {list(layers[name].shape)}: its share of {kept[name]} weights is less than one unit of pattern "
@@ -67,6 +67,11 @@ def share(
             f"These layers keep no weight at all, so nothing passes through them: {', '.join(empty)}.", stacklevel=3
         )
     return result
+
+
+def is_scored(rule: Rule) -> bool:
+    """Whether the rule looks at scores, and not at shapes alone."""
+    return isinstance(rule, str) and rule in allocation.SCORED
 
 
 def _by_layer(layers: Mapping[str, Layer], rule: Mapping[str, float]) -> dict[str, float]:

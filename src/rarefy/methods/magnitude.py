@@ -8,7 +8,6 @@ from typing import ClassVar
 
 import torch
 
-from rarefy.allocation import SCORED
 from rarefy.engine import Method, Sparsifier
 from rarefy.engine.options import (
     check_allocation,
@@ -18,7 +17,7 @@ from rarefy.engine.options import (
     check_pattern,
     check_sparsity,
 )
-from rarefy.engine.sharing import Rule, share
+from rarefy.engine.sharing import Rule, is_scored, share
 from rarefy.errors import OptionError
 from rarefy.patterns import Pattern
 from rarefy.schedules import Clock, curve
@@ -61,7 +60,7 @@ class Magnitude(Method):
     def choose(self, sparse: Sparsifier) -> None:
         if sparse.clock.first == 0:
             prune(sparse, self.sparsity, self.allocation)
-        elif not (isinstance(self.allocation, str) and self.allocation in SCORED):  # can the layers take it, later?
+        elif not is_scored(self.allocation):  # can the layers take it, later?
             _plan(sparse, self.sparsity, self.allocation)
 
     def after_step(self, sparse: Sparsifier, step: int) -> None:
@@ -120,7 +119,7 @@ class Gradual(Method):
     def choose(self, sparse: Sparsifier) -> None:
         if sparse.clock.first == 0:
             self._prune(sparse, sparse.clock.progress(0))
-        if not (isinstance(self.allocation, str) and self.allocation in SCORED):  # can the layers take it at the end?
+        if not is_scored(self.allocation):  # can the layers take it at the end?
             _plan(sparse, self.sparsity, self.allocation)
 
     def after_step(self, sparse: Sparsifier, step: int) -> None:

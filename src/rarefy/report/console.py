@@ -16,17 +16,17 @@ from rarefy.report.records import Comparison
 # heading, cell, rank: in a narrow terminal the columns with the highest rank are left out first
 _COLUMNS: tuple[tuple[str, Callable[[Row], str], int], ...] = (
     ("method", lambda row: plain(row.label), 0),
-    ("sparsity", lambda row: percent(row.sparsity) if row.sparsity is not None else NONE, 2),
+    ("sparsity", lambda row: percent(row.sparsity) if row.sparsity is not None else NONE, 3),
     ("accuracy %", lambda row: _accuracy(row), 0),
-    ("seeds", lambda row: f"{row.n}" if row.n == row.total else f"{row.n} of {row.total}", 0),
-    ("vs static", lambda row: difference(row.against.get("static")), 1),
-    ("vs small-dense", lambda row: difference(row.against.get("small-dense")), 3),
+    ("seeds", lambda row: f"{row.n}" if row.n == row.total else f"{row.n} of {row.total}", 2),
+    ("vs static", lambda row: difference(row.against.get("static")), 4),
+    ("vs small-dense", lambda row: difference(row.against.get("small-dense")), 5),
     ("FLOPs", lambda row: times(row.flops_ratio), 1),
-    ("train FLOPs", lambda row: times(row.training_flops_ratio), 4),
+    ("train FLOPs", lambda row: times(row.training_flops_ratio), 6),
     ("parameters", lambda row: si(row.parameters), 1),
-    ("size", lambda row: si(row.bytes, "B"), 5),
-    ("time", lambda row: duration(row.seconds), 2),
-    ("peak memory", lambda row: si(row.peak_memory, "B"), 2),
+    ("size", lambda row: si(row.bytes, "B"), 7),
+    ("time", lambda row: duration(row.seconds), 1),
+    ("peak memory", lambda row: si(row.peak_memory, "B"), 1),
 )
 
 
