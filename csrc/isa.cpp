@@ -88,4 +88,6 @@ void set_isa(const std::string& name) { current.store(&find(name, "instruction s
 
 const Kernels& kernels() { return in_use().table; }
 
+std::size_t level() { return static_cast<std::size_t>(&in_use() - levels().data()); }
+
 }  // namespace rarefy

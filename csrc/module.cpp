@@ -1,12 +1,9 @@
 // The Python face of the native core. Tensors come in as NumPy views of their memory (nanobind takes any DLPack buffer; NumPy's is
 // the quickest to get, 1 us against 4): nothing of torch is linked or included.
-#include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <stdexcept>
-
+#include "bind.hpp"
 #include "isa.hpp"
 #include "ops.hpp"
 
@@ -14,17 +11,7 @@
 #define RAREFY_VERSION "unknown"
 #endif
 
-namespace nb = nanobind;
-
 namespace {
-
-template <class T> using Flat = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-template <class T> using Rows = nb::ndarray<T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using Bytes = Flat<std::uint8_t>;
-
-void need(bool fits, const char* what) {
-    if (!fits) throw std::invalid_argument(what);
-}
 
 void pack_mask(const Bytes& bools, const Bytes& bits, std::size_t threads) {
     need(bits.size() == (bools.size() + 7) / 8, "pack_mask: bits must hold one bit per bool");
@@ -83,4 +70,12 @@ NB_MODULE(_native, m) {
           nb::arg("threads"));
     m.def("select_k", &select_k<double>, nb::arg("scores").noconvert(), nb::arg("k").noconvert(), nb::arg("mask").noconvert(),
           nb::arg("threads"));
+    bind_spmm(m);
+    bind_spmv(m);
+    bind_conv(m);
+    bind_program(m);
+    bind_grad(m);
+    bind_block(m);
+    bind_lowp(m);
+    bind_probe(m);
 }
