@@ -17,7 +17,7 @@ INSTALL := $(PIP) install --quiet --constraint constraints.txt
 INPUTS  := pyproject.toml constraints.txt CMakeLists.txt
 
 .NOTPARALLEL:
-.PHONY: help demo test lint native bench chromium clean
+.PHONY: help demo test lint native bench bench-peers chromium clean
 
 help:
 	@sed -n 's/^# //p' Makefile | head -4
@@ -68,6 +68,15 @@ $(VENV)/.installed-dev: $(VENV)/.tools $(INPUTS)
 native:
 	@if [ -f build/editable/build.ninja ]; then $(BIN)/cmake --build build/editable; \
 	else $(PIP) install --no-build-isolation --no-deps --editable .; fi
+
+# Other people's engines, each in an environment of its own, for the benchmarks that name them.
+PEERS := $(basename $(notdir $(wildcard benchmarks/peers/*.txt)))
+bench-peers: $(PEERS:%=.peers/%/.installed)
+
+.peers/%/.installed: benchmarks/peers/%.txt
+	$(PYTHON) -m venv .peers/$*
+	.peers/$*/bin/python -m pip --disable-pip-version-check --no-input install --quiet --requirement $<
+	@touch $@
 
 chromium:
 	@bash .ci/chromium
