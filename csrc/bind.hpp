@@ -15,6 +15,7 @@ inline void need(bool fits, const char* what) {
     if (!fits) throw std::invalid_argument(what);
 }
 
+void bind_layer(nb::module_& m);
 void bind_spmm(nb::module_& m);
 void bind_spmv(nb::module_& m);
 void bind_conv(nb::module_& m);
