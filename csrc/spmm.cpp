@@ -1,0 +1,177 @@
+#include "spmm.hpp"
+
+#include <algorithm>
+#include <cstring>
+
+#include "pool.hpp"
+#include "scratch.hpp"
+
+namespace rarefy {
+namespace {
+
+constexpr std::size_t VECTORS = 4;                        // of a tile, where there are columns enough
+constexpr std::size_t TILE_BYTES = std::size_t{768} << 10;  // partial sums stay in the second cache
+
+Packing packing_for(std::size_t columns) {
+    return columns <= MOST_SLICE_VECTORS * strip_kernels().lanes ? Packing::slices : Packing::groups;
+}
+
+// A block's strip fits the first cache; where the weights are so sparse that a row has few nonzeros in it, loading and storing
+// the partial sums would cost more than the second cache does, and blocks are longer.
+std::vector<std::size_t> block_ends(const Csr& w, std::size_t columns) {
+    const std::size_t lanes = strip_kernels().lanes, vectors = std::clamp<std::size_t>((columns + lanes - 1) / lanes, 1, VECTORS);
+    const auto nnz = static_cast<double>(w.crow[w.rows]);
+    const double density = w.rows * w.cols == 0 ? 1.0 : nnz / static_cast<double>(w.rows) / static_cast<double>(w.cols);
+    const std::size_t fits = l1_bytes() * 15 / 16 / (vectors * lanes * sizeof(float));
+    const double full_enough = 9.0 / std::max(density, 1e-6);
+    std::size_t size = std::max(fits, static_cast<std::size_t>(full_enough));
+    size = std::clamp<std::size_t>(size, 16, 32768);
+    const std::size_t blocks = std::max<std::size_t>(1, (w.cols + size - 1) / size);
+    std::vector<std::size_t> ends;
+    for (std::size_t b = 1; b <= blocks; ++b) ends.push_back(w.cols * b / blocks);
+    return ends;
+}
+
+std::size_t parts_for(const Csr& w, std::size_t threads) {
+    const std::size_t bytes = w.rows * VECTORS * strip_kernels().lanes * sizeof(float);
+    const std::size_t fit = (bytes + TILE_BYTES - 1) / TILE_BYTES;
+    return std::max<std::size_t>(fit, threads > 1 && w.rows >= 32 ? 2 * threads : 1);
+}
+
+}  // namespace
+
+Spmm::Spmm(const Csr& w, std::size_t columns, std::size_t threads)
+    : rows_(w.rows), cols_(w.cols), nnz_(static_cast<std::size_t>(w.crow[w.rows])),
+      stream_(w, block_ends(w, columns), nullptr, packing_for(columns), parts_for(w, threads)) {}
+
+std::size_t Spmm::most_vectors() const {
+    return stream_.packing() == Packing::slices ? MOST_SLICE_VECTORS : std::min(VECTORS + 1, strip_kernels().vectors);
+}
+
+// Cuts the columns into tiles of nearly equal width and, where these are too few for the threads, the rows too.
+void Spmm::tiles(std::size_t columns, std::size_t threads, const std::function<void(const Task&)>& work) const {
+    const std::size_t lanes = strip_kernels().lanes, vectors = (columns + lanes - 1) / lanes, most = most_vectors();
+    const std::size_t usual = std::min(VECTORS, most);
+    std::size_t count = std::max((vectors + most - 1) / most, (vectors + usual / 2) / usual);
+    count = std::max<std::size_t>(count, 1);
+    const std::size_t parts = stream_.parts();
+    const bool fits = rows_ * usual * lanes * sizeof(float) <= TILE_BYTES;
+    const bool whole = fits && (threads <= 1 || count >= 3 * threads || parts == 1);
+    const std::size_t chunks = whole ? 1 : parts;
+    parallel(count * chunks, threads, [&](std::size_t i) {
+        const std::size_t tile = i / chunks, chunk = i % chunks;
+        const std::size_t from = vectors * tile / count, to = vectors * (tile + 1) / count;
+        const std::size_t part = whole ? 0 : chunk, part_end = whole ? parts : chunk + 1;
+        const std::size_t first = stream_.first_row(part);
+        work({part, part_end, from * lanes, std::min(columns, to * lanes) - from * lanes, to - from, first,
+              stream_.first_row(part_end - 1) + stream_.rows(part_end - 1) - first});
+    });
+}
+
+float* Spmm::strip_scratch(std::size_t vectors) const {
+    std::size_t longest = 0;
+    for (std::size_t b = 0; b < stream_.blocks(); ++b) longest = std::max(longest, stream_.block_size(b));
+    return scratch(0, (longest + 1) * vectors * strip_kernels().lanes);
+}
+
+void Spmm::planes(const float* x, std::size_t batch, std::size_t pixels, float* y, const float* bias, const float* residual,
+                  Act act, std::size_t threads) const {
+    const StripKernels& k = strip_kernels();
+    const std::size_t lanes = k.lanes;
+    if (batch == 0 || pixels == 0 || rows_ == 0) return;
+    // Small planes share tiles: columns are then counted through all images.
+    const bool joined = batch > 1 && pixels < 4 * VECTORS * lanes && pixels % (VECTORS * lanes) != 0;
+    const std::size_t columns = joined ? batch * pixels : pixels;
+    // Reading activations where they lie saves the packing, which few nonzeros an input do not pay for; but planes whose distance
+    // is a multiple of the page size fall into the same few lines of the cache.
+    const std::size_t uses = nnz_ / std::max<std::size_t>(cols_, 1), distance = pixels * sizeof(float);
+    const bool in_place = !joined && stream_.packing() == Packing::groups && uses <= 8 && distance % 1024 != 0;
+    for (std::size_t image = 0; image < (joined ? 1 : batch); ++image) {
+        const float* const xi = x + image * cols_ * pixels;
+        float* const yi = y + image * rows_ * pixels;
+        const float* const ri = residual == nullptr ? nullptr : residual + image * rows_ * pixels;
+        tiles(columns, threads, [&](const Task& t) {
+            const std::size_t width = t.vectors * lanes, tail = t.columns - (t.vectors - 1) * lanes;
+            float* const strip = strip_scratch(t.vectors);
+            const bool one_block = stream_.blocks() == 1;
+            float* const sums = one_block && !joined ? nullptr : scratch(1, t.rows * width + lanes);
+            const auto pieces = [&](const auto& piece) {  // what the tile holds of each image: its pixels, and where they go
+                for (std::size_t c = 0; c < t.columns;) {
+                    const std::size_t at = t.column + c, n = std::min(t.columns - c, pixels - at % pixels);
+                    piece(at / pixels, at % pixels, c, n);
+                    c += n;
+                }
+            };
+            for (std::size_t b = 0; b < stream_.blocks(); ++b) {
+                const std::size_t first = stream_.block_first(b), size = stream_.block_size(b);
+                const float* const here = xi + first * pixels + t.column;
+                const char* at = reinterpret_cast<const char*>(strip);
+                std::size_t stride = width * sizeof(float);
+                if (in_place && tail == lanes) {
+                    at = reinterpret_cast<const char*>(here);
+                    stride = distance;
+                } else if (!joined) {
+                    k.pack(here, pixels, size, t.columns, strip, width);
+                } else {
+                    pieces([&](std::size_t i, std::size_t p, std::size_t c, std::size_t n) {
+                        const float* from = x + (i * cols_ + first) * pixels + p;
+                        for (std::size_t j = 0; j < size; ++j)
+                            std::memcpy(strip + j * width + c, from + j * pixels, n * sizeof(float));
+                    });
+                    if (t.columns < width)
+                        for (std::size_t j = 0; j < size; ++j)
+                            std::fill(strip + j * width + t.columns, strip + (j + 1) * width, 0.0f);
+                }
+                if (stream_.packing() == Packing::slices) std::fill(strip + size * width, strip + (size + 1) * width, 0.0f);
+                for (std::size_t part = t.part; part < t.part_end; ++part) {
+                    const std::size_t row = stream_.first_row(part);
+                    float* const partial = sums == nullptr ? nullptr : sums + (row - t.row) * width;
+                    StripTarget target{b == 0 ? nullptr : partial, width, partial, width, lanes, nullptr};
+                    Epilogue epilogue;
+                    if (b + 1 == stream_.blocks() && !joined) {
+                        epilogue = {bias == nullptr ? nullptr : bias + row,
+                                    ri == nullptr ? nullptr : ri + row * pixels + t.column, pixels, act};
+                        target.to = yi + row * pixels + t.column;
+                        target.to_ld = pixels;
+                        target.tail = tail;
+                        if (!epilogue.empty()) target.epilogue = &epilogue;
+                    }
+                    stream_.run(part, b, at, stride, t.vectors, target);
+                }
+            }
+            if (joined)
+                pieces([&](std::size_t i, std::size_t p, std::size_t c, std::size_t n) {
+                    const std::size_t to = (i * rows_ + t.row) * pixels + p;
+                    const Epilogue epilogue{bias == nullptr ? nullptr : bias + t.row,
+                                            residual == nullptr ? nullptr : residual + to, pixels, act};
+                    k.unpack(sums + c, width, t.rows, n, y + to, pixels, epilogue);
+                });
+        });
+    }
+}
+
+void Spmm::linear(const float* x, std::size_t x_ld, std::size_t n, float* y, std::size_t y_ld, const float* bias, Act act,
+                  std::size_t threads) const {
+    const StripKernels& k = strip_kernels();
+    const std::size_t lanes = k.lanes;
+    if (n == 0 || rows_ == 0) return;
+    tiles(n, threads, [&](const Task& t) {
+        const std::size_t width = t.vectors * lanes;
+        float* const strip = strip_scratch(t.vectors);
+        float* const sums = scratch(1, t.rows * width);
+        for (std::size_t b = 0; b < stream_.blocks(); ++b) {
+            const std::size_t first = stream_.block_first(b), size = stream_.block_size(b);
+            k.pack_transposed(x + t.column * x_ld + first, x_ld, size, t.columns, strip, width);
+            if (stream_.packing() == Packing::slices) std::fill(strip + size * width, strip + (size + 1) * width, 0.0f);
+            for (std::size_t part = t.part; part < t.part_end; ++part) {
+                float* const partial = sums + (stream_.first_row(part) - t.row) * width;
+                stream_.run(part, b, reinterpret_cast<const char*>(strip), width * sizeof(float), t.vectors,
+                            {b == 0 ? nullptr : partial, width, partial, width, lanes, nullptr});
+            }
+        }
+        k.unpack_transposed(sums, width, t.rows, t.columns, y + t.column * y_ld + t.row, y_ld,
+                            bias == nullptr ? nullptr : bias + t.row, act);
+    });
+}
+
+}  // namespace rarefy

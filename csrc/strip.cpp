@@ -1,0 +1,184 @@
+#include "strip.hpp"
+
+#include <algorithm>
+#include <array>
+#include <numeric>
+
+namespace rarefy {
+namespace {
+
+// Cuts the rows into contiguous ranges of about equal work, a row's work being its nonzeros and a little for itself.
+std::vector<std::size_t> cut_rows(const Csr& w, std::size_t parts, std::size_t grain) {
+    std::vector<std::size_t> first{0};
+    const auto work = [&](std::size_t m) { return static_cast<std::size_t>(w.crow[m]) + 4 * m; };
+    const std::size_t all = work(w.rows);
+    for (std::size_t p = 1; p < parts; ++p) {
+        const std::size_t target = all / parts * p;
+        std::size_t low = first.back(), high = w.rows;
+        while (low < high) {
+            const std::size_t middle = (low + high) / 2;
+            if (work(middle) < target) low = middle + 1;
+            else high = middle;
+        }
+        low = std::min(w.rows, (low + grain / 2) / grain * grain);
+        if (low > first.back() && low < w.rows) first.push_back(low);
+    }
+    first.push_back(w.rows);
+    return first;
+}
+
+}  // namespace
+
+Stream::Stream(const Csr& w, const std::vector<std::size_t>& ends, const std::uint32_t* offset_of, Packing packing,
+               std::size_t parts)
+    : packing_(packing), ends_(ends), first_row_(cut_rows(w, std::max<std::size_t>(parts, 1), 16)) {
+    const auto nnz = static_cast<std::size_t>(w.crow[w.rows]);
+    offsets_.reserve(nnz);
+    order_.reserve(nnz);
+    sections_.reserve(this->parts() * blocks());
+    for (std::size_t part = 0; part < this->parts(); ++part) {
+        if (packing == Packing::groups) pack_groups(w, part, offset_of);
+        else pack_slices(w, part, offset_of);
+    }
+    values_.resize(order_.size());
+    if (w.values != nullptr) set_values(w.values);
+}
+
+void Stream::pack_groups(const Csr& w, std::size_t part, const std::uint32_t* offset_of) {
+    struct Column {
+        std::uint32_t k, at[GROUP];
+        std::uint8_t pattern;
+    };
+    const std::size_t first = first_row(part), last = first + rows(part), groups = (last - first + GROUP - 1) / GROUP;
+    std::vector<std::uint32_t> next(last - first);
+    for (std::size_t m = first; m < last; ++m) next[m - first] = static_cast<std::uint32_t>(w.crow[m]);
+    struct Group {
+        std::array<std::uint16_t, 15> counts;
+        std::uint32_t index;
+        std::size_t columns, column_at, value_at, nonzeros;
+    };
+    std::vector<Group> found(groups);
+    std::vector<Column> columns;
+    std::vector<std::uint32_t> offsets, order;
+    for (std::size_t block = 0; block < blocks(); ++block) {
+        const auto from = static_cast<std::uint32_t>(block_first(block)), end = static_cast<std::uint32_t>(ends_[block]);
+        offsets.clear();
+        order.clear();
+        for (std::size_t g = 0; g < groups; ++g) {
+            const std::size_t base = g * GROUP, here = std::min(GROUP, last - first - base);
+            columns.clear();
+            Group group{{}, static_cast<std::uint32_t>(g), 0, offsets.size(), order.size(), 0};
+            for (;;) {  // merge the rows' columns
+                std::uint32_t k = end;
+                for (std::size_t r = 0; r < here; ++r) {
+                    const std::uint32_t at = next[base + r];
+                    if (at < static_cast<std::uint64_t>(w.crow[first + base + r + 1]))
+                        k = std::min(k, static_cast<std::uint32_t>(w.col[at]));
+                }
+                if (k >= end) break;
+                Column column{k, {}, 0};
+                for (std::size_t r = 0; r < here; ++r) {
+                    std::uint32_t& at = next[base + r];
+                    if (at < static_cast<std::uint64_t>(w.crow[first + base + r + 1]) &&
+                        static_cast<std::uint32_t>(w.col[at]) == k) {
+                        column.pattern = static_cast<std::uint8_t>(column.pattern | 1u << r);
+                        column.at[r] = at++;
+                    }
+                }
+                ++group.counts[column.pattern - 1u];
+                columns.push_back(column);
+            }
+            for (std::uint8_t pattern = 1; pattern < 16; ++pattern) {
+                if (group.counts[pattern - 1u] == 0) continue;
+                for (const Column& column : columns) {
+                    if (column.pattern != pattern) continue;
+                    offsets.push_back(offset_of == nullptr ? column.k - from : offset_of[column.k]);
+                    for (std::size_t r = 0; r < GROUP; ++r)
+                        if (pattern >> r & 1) order.push_back(column.at[r]);
+                }
+            }
+            group.columns = offsets.size() - group.column_at;
+            group.nonzeros = order.size() - group.value_at;
+            found[g] = group;
+        }
+        // Groups of like counts follow each other, so that the branch predictor is mostly right.
+        std::stable_sort(found.begin(), found.end(), [](const Group& a, const Group& b) { return a.nonzeros < b.nonzeros; });
+        sections_.push_back({counts_.size() / 15, offsets_.size(), order_.size(), groups});
+        for (const Group& group : found) {
+            counts_.insert(counts_.end(), group.counts.begin(), group.counts.end());
+            for (std::size_t r = 0; r < GROUP; ++r) {
+                const std::size_t row = group.index * GROUP + r;
+                rows_.push_back(row < last - first ? static_cast<std::uint32_t>(row) : NO_ROW);
+            }
+            offsets_.insert(offsets_.end(), offsets.begin() + static_cast<std::ptrdiff_t>(group.column_at),
+                            offsets.begin() + static_cast<std::ptrdiff_t>(group.column_at + group.columns));
+            order_.insert(order_.end(), order.begin() + static_cast<std::ptrdiff_t>(group.value_at),
+                          order.begin() + static_cast<std::ptrdiff_t>(group.value_at + group.nonzeros));
+        }
+    }
+}
+
+void Stream::pack_slices(const Csr& w, std::size_t part, const std::uint32_t* offset_of) {
+    const std::size_t first = first_row(part), count = rows(part), slices = (count + SLICE - 1) / SLICE;
+    std::vector<std::uint32_t> next(count), stop(count), by_length(count);
+    for (std::size_t m = 0; m < count; ++m) next[m] = static_cast<std::uint32_t>(w.crow[first + m]);
+    for (std::size_t block = 0; block < blocks(); ++block) {
+        const auto from = static_cast<std::uint32_t>(block_first(block)), end = static_cast<std::uint32_t>(ends_[block]);
+        for (std::size_t m = 0; m < count; ++m) {
+            const auto row_end = static_cast<std::uint32_t>(w.crow[first + m + 1]);
+            stop[m] = static_cast<std::uint32_t>(
+                std::lower_bound(w.col + next[m], w.col + row_end, static_cast<std::int32_t>(end)) - w.col);
+        }
+        std::iota(by_length.begin(), by_length.end(), 0u);
+        std::stable_sort(by_length.begin(), by_length.end(),
+                         [&](std::uint32_t a, std::uint32_t b) { return stop[a] - next[a] < stop[b] - next[b]; });
+        sections_.push_back({counts_.size(), offsets_.size(), order_.size(), slices});
+        const std::uint32_t zeros = end - from;  // the strip's last row
+        for (std::size_t s = 0; s < slices; ++s) {
+            std::uint32_t steps = 0;
+            for (std::size_t r = 0; r < SLICE; ++r) {
+                const std::size_t at = s * SLICE + r;
+                rows_.push_back(at < count ? by_length[at] : NO_ROW);
+                if (at < count) steps = std::max(steps, stop[by_length[at]] - next[by_length[at]]);
+            }
+            counts_.push_back(static_cast<std::uint16_t>(steps));
+            for (std::uint32_t step = 0; step < steps; ++step)
+                for (std::size_t r = 0; r < SLICE; ++r) {
+                    const std::size_t place = s * SLICE + r;
+                    const std::uint32_t m = place < count ? by_length[place] : 0;
+                    const bool used = place < count && next[m] + step < stop[m];
+                    const std::uint32_t at = used ? next[m] + step : NO_ROW;
+                    const std::uint32_t k = used ? static_cast<std::uint32_t>(w.col[at]) : 0;
+                    offsets_.push_back(!used ? zeros : offset_of == nullptr ? k - from : offset_of[k]);
+                    order_.push_back(at);
+                }
+        }
+        std::copy(stop.begin(), stop.end(), next.begin());
+    }
+}
+
+void Stream::set_values(const float* values) {
+    for (std::size_t i = 0; i < order_.size(); ++i) values_[i] = order_[i] == NO_ROW ? 0.0f : values[order_[i]];
+}
+
+std::size_t Stream::bytes() const {
+    return 2 * counts_.size() + 4 * (rows_.size() + offsets_.size() + order_.size() + values_.size());
+}
+
+void Stream::run(std::size_t part, std::size_t block, const char* x, std::size_t stride, std::size_t vectors,
+                 const StripTarget& target) const {
+    const Section& s = sections_[part * blocks() + block];
+    const StripKernels& k = strip_kernels();
+    if (packing_ == Packing::groups) {
+        k.groups[vectors]({counts_.data() + s.group * 15, rows_.data() + s.group * GROUP, s.groups, offsets_.data() + s.offset,
+                           values_.data() + s.value},
+                          x, stride, target);
+    } else {
+        // counts_ holds one number a slice here, rows_ eight
+        k.slices[vectors]({counts_.data() + s.group, rows_.data() + s.group * SLICE, s.groups, offsets_.data() + s.offset,
+                           values_.data() + s.value},
+                          x, stride, target);
+    }
+}
+
+}  // namespace rarefy
