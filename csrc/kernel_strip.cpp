@@ -124,6 +124,9 @@ void pack(const float* x, std::size_t ld, std::size_t k, std::size_t n, float* t
     }
 }
 
+// Rows a power of two apart share the few lines of a cache set: what is fetched by itself is evicted before its use.
+constexpr std::size_t AHEAD = 32;
+
 void pack_transposed(const float* x, std::size_t ld, std::size_t k, std::size_t n, float* to, std::size_t width) {
     for (std::size_t i = 0; i < width; i += LANES) {
         const std::size_t rows = i >= n ? 0 : (n - i < LANES ? n - i : LANES);
@@ -132,6 +135,7 @@ void pack_transposed(const float* x, std::size_t ld, std::size_t k, std::size_t 
             vf tile[LANES];
             for (std::size_t r = 0; r < LANES; ++r) {
                 const float* at = x + (i + r) * ld + j;
+                __builtin_prefetch(at + AHEAD);
                 tile[r] = r >= rows ? zero() : columns == LANES ? load(at) : load_first(at, columns);
             }
             transpose(tile);
@@ -142,17 +146,18 @@ void pack_transposed(const float* x, std::size_t ld, std::size_t k, std::size_t 
 
 void unpack_transposed(const float* c, std::size_t width, std::size_t rows, std::size_t n, float* y, std::size_t ld,
                        const float* bias, Act act) {
-    for (std::size_t m = 0; m < rows; m += LANES) {
-        const std::size_t here = rows - m < LANES ? rows - m : LANES;
-        const vf b = bias == nullptr ? zero() : here == LANES ? load(bias + m) : load_first(bias + m, here);
-        for (std::size_t i = 0; i < n; i += LANES) {
+    for (std::size_t i = 0; i < n; i += LANES) {
+        const std::size_t columns = n - i < LANES ? n - i : LANES;
+        for (std::size_t m = 0; m < rows; m += LANES) {
+            const std::size_t here = rows - m < LANES ? rows - m : LANES;
+            const vf b = bias == nullptr ? zero() : here == LANES ? load(bias + m) : load_first(bias + m, here);
             vf tile[LANES];
             for (std::size_t r = 0; r < LANES; ++r) tile[r] = r < here ? load(c + (m + r) * width + i) : zero();
             transpose(tile);
-            const std::size_t columns = n - i < LANES ? n - i : LANES;
             for (std::size_t r = 0; r < columns; ++r) {
                 const vf v = activate(add(tile[r], b), act);
                 float* to = y + (i + r) * ld + m;
+                __builtin_prefetch(to + AHEAD, 1);
                 if (here == LANES)
                     store(to, v);
                 else

@@ -9,7 +9,7 @@
 namespace rarefy {
 namespace {
 
-constexpr std::size_t VECTORS = 4;                        // of a tile, where there are columns enough
+constexpr std::size_t VECTORS = 4;                          // of a tile, where there are columns enough
 constexpr std::size_t TILE_BYTES = std::size_t{768} << 10;  // partial sums stay in the second cache
 
 Packing packing_for(std::size_t columns) {

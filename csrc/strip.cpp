@@ -27,6 +27,42 @@ std::vector<std::size_t> cut_rows(const Csr& w, std::size_t parts, std::size_t g
     return first;
 }
 
+// Which patterns a column of each pattern is packed as. A run of a pattern that is short on average costs more by its badly
+// predicted end than it saves in loads: its columns are packed as two smaller patterns, down to single rows.
+using Splits = std::array<std::array<std::uint8_t, GROUP>, 16>;
+
+// `least` columns a run are long enough.
+Splits splits(std::array<std::size_t, 16> seen, std::size_t groups, std::size_t least) {
+    Splits split{};
+    std::array<bool, 16> kept{};
+    std::array<std::array<std::uint8_t, 2>, 16> halves{};
+    for (const unsigned bits : {4u, 3u, 2u, 1u})
+        for (unsigned pattern = 1; pattern < 16; ++pattern) {
+            if (static_cast<unsigned>(__builtin_popcount(pattern)) != bits) continue;
+            kept[pattern] = bits == 1 || seen[pattern] >= least * groups;
+            if (kept[pattern]) continue;
+            // The half that is seen most often takes as many rows as it can, at most two.
+            unsigned best = 0;
+            for (unsigned half = 1; half < 16; ++half) {
+                const bool fits = (half & pattern) == half && half != pattern && __builtin_popcount(half) <= 2;
+                if (!fits) continue;
+                const auto rows = [](unsigned p) { return __builtin_popcount(p); };
+                if (best == 0 || rows(half) > rows(best) || (rows(half) == rows(best) && seen[half] > seen[best])) best = half;
+            }
+            halves[pattern] = {static_cast<std::uint8_t>(best), static_cast<std::uint8_t>(pattern & ~best)};
+            for (const unsigned half : halves[pattern]) seen[half] += seen[pattern];
+        }
+    for (unsigned pattern = 1; pattern < 16; ++pattern) {
+        std::size_t n = 0;
+        const auto add = [&](const auto& self, unsigned p) -> void {
+            if (kept[p]) split[pattern][n++] = static_cast<std::uint8_t>(p);
+            else for (const unsigned half : halves[p]) self(self, half);
+        };
+        add(add, pattern);
+    }
+    return split;
+}
+
 }  // namespace
 
 Stream::Stream(const Csr& w, const std::vector<std::size_t>& ends, const std::uint32_t* offset_of, Packing packing,
@@ -49,25 +85,24 @@ void Stream::pack_groups(const Csr& w, std::size_t part, const std::uint32_t* of
         std::uint32_t k, at[GROUP];
         std::uint8_t pattern;
     };
-    const std::size_t first = first_row(part), last = first + rows(part), groups = (last - first + GROUP - 1) / GROUP;
-    std::vector<std::uint32_t> next(last - first);
-    for (std::size_t m = first; m < last; ++m) next[m - first] = static_cast<std::uint32_t>(w.crow[m]);
     struct Group {
         std::array<std::uint16_t, 15> counts;
         std::uint32_t index;
-        std::size_t columns, column_at, value_at, nonzeros;
+        std::size_t column_at, columns, value_at, nonzeros;
     };
+    const std::size_t first = first_row(part), count = rows(part), groups = (count + GROUP - 1) / GROUP;
+    std::vector<std::uint32_t> next(count);
+    for (std::size_t m = 0; m < count; ++m) next[m] = static_cast<std::uint32_t>(w.crow[first + m]);
     std::vector<Group> found(groups);
-    std::vector<Column> columns;
+    std::vector<Column> merged;               // of all groups, one after the other
+    std::vector<std::size_t> group_end(groups);
     std::vector<std::uint32_t> offsets, order;
     for (std::size_t block = 0; block < blocks(); ++block) {
         const auto from = static_cast<std::uint32_t>(block_first(block)), end = static_cast<std::uint32_t>(ends_[block]);
-        offsets.clear();
-        order.clear();
+        merged.clear();
+        std::array<std::size_t, 16> seen{};
         for (std::size_t g = 0; g < groups; ++g) {
-            const std::size_t base = g * GROUP, here = std::min(GROUP, last - first - base);
-            columns.clear();
-            Group group{{}, static_cast<std::uint32_t>(g), 0, offsets.size(), order.size(), 0};
+            const std::size_t base = g * GROUP, here = std::min(GROUP, count - base);
             for (;;) {  // merge the rows' columns
                 std::uint32_t k = end;
                 for (std::size_t r = 0; r < here; ++r) {
@@ -85,18 +120,27 @@ void Stream::pack_groups(const Csr& w, std::size_t part, const std::uint32_t* of
                         column.at[r] = at++;
                     }
                 }
-                ++group.counts[column.pattern - 1u];
-                columns.push_back(column);
+                ++seen[column.pattern];
+                merged.push_back(column);
             }
-            for (std::uint8_t pattern = 1; pattern < 16; ++pattern) {
-                if (group.counts[pattern - 1u] == 0) continue;
-                for (const Column& column : columns) {
-                    if (column.pattern != pattern) continue;
+            group_end[g] = merged.size();
+        }
+        // A small matrix's runs are few enough for the branch predictor to remember them.
+        const auto split = splits(seen, groups, groups * blocks() > 768 ? 3 : 1);
+        offsets.clear();
+        order.clear();
+        for (std::size_t g = 0; g < groups; ++g) {
+            Group group{{}, static_cast<std::uint32_t>(g), offsets.size(), 0, order.size(), 0};
+            for (std::uint8_t pattern = 1; pattern < 16; ++pattern)
+                for (std::size_t c = g == 0 ? 0 : group_end[g - 1]; c < group_end[g]; ++c) {
+                    const Column& column = merged[c];
+                    const auto& use = split[column.pattern];
+                    if (use[0] != pattern && use[1] != pattern && use[2] != pattern && use[3] != pattern) continue;
+                    ++group.counts[pattern - 1u];
                     offsets.push_back(offset_of == nullptr ? column.k - from : offset_of[column.k]);
                     for (std::size_t r = 0; r < GROUP; ++r)
                         if (pattern >> r & 1) order.push_back(column.at[r]);
                 }
-            }
             group.columns = offsets.size() - group.column_at;
             group.nonzeros = order.size() - group.value_at;
             found[g] = group;
@@ -108,12 +152,14 @@ void Stream::pack_groups(const Csr& w, std::size_t part, const std::uint32_t* of
             counts_.insert(counts_.end(), group.counts.begin(), group.counts.end());
             for (std::size_t r = 0; r < GROUP; ++r) {
                 const std::size_t row = group.index * GROUP + r;
-                rows_.push_back(row < last - first ? static_cast<std::uint32_t>(row) : NO_ROW);
+                rows_.push_back(row < count ? static_cast<std::uint32_t>(row) : NO_ROW);
             }
-            offsets_.insert(offsets_.end(), offsets.begin() + static_cast<std::ptrdiff_t>(group.column_at),
-                            offsets.begin() + static_cast<std::ptrdiff_t>(group.column_at + group.columns));
-            order_.insert(order_.end(), order.begin() + static_cast<std::ptrdiff_t>(group.value_at),
-                          order.begin() + static_cast<std::ptrdiff_t>(group.value_at + group.nonzeros));
+            const auto copy = [](std::vector<std::uint32_t>& to, const std::vector<std::uint32_t>& all, std::size_t at, std::size_t n) {
+                const auto begin = all.begin() + static_cast<std::ptrdiff_t>(at);
+                to.insert(to.end(), begin, begin + static_cast<std::ptrdiff_t>(n));
+            };
+            copy(offsets_, offsets, group.column_at, group.columns);
+            copy(order_, order, group.value_at, group.nonzeros);
         }
     }
 }
