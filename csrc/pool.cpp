@@ -1,11 +1,11 @@
 #include "pool.hpp"
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <mutex>
 #include <thread>
-#include <vector>
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
 #endif
@@ -13,44 +13,83 @@
 namespace rarefy {
 namespace {
 
-struct Job {
-    const std::function<void(std::size_t)>* task = nullptr;
-    std::size_t tasks = 0, seats = 0;  // seats: how many workers may still join
-    std::atomic<std::size_t> next{0};
-    std::size_t busy = 0;              // workers inside, guarded by Pool::mutex
+using Clock = std::chrono::steady_clock;
 
-    void work() {
-        for (std::size_t i = next.fetch_add(1, std::memory_order_relaxed); i < tasks;
-             i = next.fetch_add(1, std::memory_order_relaxed))
-            (*task)(i);
-    }
-};
+// How long a thread looks out before it sleeps. A worker that just worked is soon needed again, all the more inside a network.
+constexpr std::chrono::microseconds after_a_job{30}, inside_a_run{200}, for_the_others{200};
 
-class Pool {
+void pause() {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+// A place to wait for a change of atomics: looking out first, asleep then.
+class Bell {
 public:
-    void run(std::size_t tasks, std::size_t threads, const std::function<void(std::size_t)>& task) {
-        std::unique_lock<std::mutex> turn(one_caller, std::try_to_lock);
-        Job job;
-        job.task = &task;
-        job.tasks = tasks;
-        if (!turn.owns_lock()) {
-            job.work();
-            return;
+    template <class Ready> void wait(std::chrono::microseconds look_out, const Ready& ready) {
+        if (ready()) return;
+        if (look_out.count() > 0) {
+            const auto end = Clock::now() + look_out;
+            do {
+                for (int i = 0; i < 16; ++i) {
+                    pause();
+                    if (ready()) return;
+                }
+            } while (Clock::now() < end);
         }
-        {
-            std::lock_guard<std::mutex> lock(mutex);
-            while (workers < threads - 1 && start_worker()) ++workers;
-            job.seats = threads - 1;
-            current = &job;
-        }
-        wake.notify_all();
-        job.work();
-        std::unique_lock<std::mutex> lock(mutex);
-        current = nullptr;  // a late sleeper finds nothing to do
-        done.wait(lock, [&] { return job.busy == 0; });
+        std::unique_lock<std::mutex> lock(mutex_);
+        sleepers_.fetch_add(1);
+        std::atomic_thread_fence(std::memory_order_seq_cst);  // a ringer sees this sleeper, or the sleeper sees the change
+        bell_.wait(lock, ready);
+        sleepers_.fetch_sub(1);
+    }
+    // To be called after the change.
+    void ring() {
+        std::atomic_thread_fence(std::memory_order_seq_cst);
+        if (sleepers_.load(std::memory_order_relaxed) == 0) return;
+        { const std::lock_guard<std::mutex> lock(mutex_); }  // whoever counts as a sleeper now sleeps
+        bell_.notify_all();
     }
 
 private:
+    std::mutex mutex_;
+    std::condition_variable bell_;
+    std::atomic<std::size_t> sleepers_{0};
+};
+
+// One job at a time. `gate_` says which, whether it may still be joined, and how many seats are left: a worker takes a seat by
+// changing exactly the gate that it saw, so the job cannot end or be replaced between its look and its step.
+class Pool {
+public:
+    void run(std::size_t tasks, std::size_t threads, const std::function<void(std::size_t)>& task) {
+        if (taken_.exchange(true, std::memory_order_acquire)) {  // another caller's turn, or a task that calls back
+            for (std::size_t i = 0; i < tasks; ++i) task(i);
+            return;
+        }
+        while (workers_ < threads - 1 && start_worker()) ++workers_;
+        const std::uint64_t seats = threads - 1 < workers_ ? threads - 1 : workers_;
+        task_ = &task;
+        tasks_ = tasks;
+        next_.store(0, std::memory_order_relaxed);
+        gate_.store(++job_ << 16 | (seats < closed ? seats : closed - 1), std::memory_order_release);
+        wake_.ring();
+        work();
+        // Nobody may sit down any more; those who did must leave.
+        const std::uint64_t free = gate_.exchange(job_ << 16, std::memory_order_acq_rel) & closed;
+        const std::uint64_t joined = (seats < closed ? seats : closed - 1) - free;
+        done_.wait(for_the_others, [&] { return left_.load(std::memory_order_acquire) == joined; });
+        left_.store(0, std::memory_order_relaxed);
+        taken_.store(false, std::memory_order_release);
+    }
+
+    std::atomic<int> runs{0};
+
+private:
+    static constexpr std::uint64_t closed = 0xffff;
+
     // Workers are detached and the pool is never destroyed: nothing to join at exit, and a forked child can just forget them.
     bool start_worker() {
         try {
@@ -61,24 +100,39 @@ private:
         }
     }
 
+    void work() {
+        const auto& task = *task_;
+        const std::size_t tasks = tasks_;
+        for (std::size_t i = next_.fetch_add(1, std::memory_order_relaxed); i < tasks; i = next_.fetch_add(1, std::memory_order_relaxed))
+            task(i);
+    }
+
     void serve() {
-        std::unique_lock<std::mutex> lock(mutex);
+        std::uint64_t last = 0;  // a job is joined once
+        std::chrono::microseconds look_out{0};
         for (;;) {
-            wake.wait(lock, [&] { return current != nullptr && current->seats > 0; });
-            Job* job = current;
-            --job->seats;
-            ++job->busy;
-            lock.unlock();
-            job->work();
-            lock.lock();
-            if (--job->busy == 0) done.notify_all();
+            std::uint64_t gate = 0;
+            wake_.wait(look_out, [&] {
+                gate = gate_.load(std::memory_order_acquire);
+                return (gate & closed) != 0 && gate >> 16 != last;
+            });
+            look_out = runs.load(std::memory_order_relaxed) > 0 ? inside_a_run : after_a_job;
+            if (!gate_.compare_exchange_strong(gate, gate - 1, std::memory_order_acq_rel)) continue;
+            last = gate >> 16;
+            work();
+            left_.fetch_add(1, std::memory_order_release);
+            done_.ring();
         }
     }
 
-    std::mutex one_caller, mutex;
-    std::condition_variable wake, done;
-    Job* current = nullptr;
-    std::size_t workers = 0;
+    std::atomic<bool> taken_{false};
+    const std::function<void(std::size_t)>* task_ = nullptr;
+    std::size_t tasks_ = 0, workers_ = 0;
+    std::uint64_t job_ = 0;
+    alignas(64) std::atomic<std::uint64_t> gate_{0};
+    alignas(64) std::atomic<std::size_t> next_{0};
+    alignas(64) std::atomic<std::uint64_t> left_{0};
+    Bell wake_, done_;
 };
 
 std::atomic<Pool*> pool{nullptr};
@@ -106,6 +160,14 @@ void parallel(std::size_t tasks, std::size_t threads, const std::function<void(s
         return;
     }
     the_pool().run(tasks, threads, task);
+}
+
+Run::Run(std::size_t threads) : pool_(threads > 1 ? &the_pool() : nullptr) {
+    if (pool_ != nullptr) static_cast<Pool*>(pool_)->runs.fetch_add(1, std::memory_order_relaxed);
+}
+
+Run::~Run() {
+    if (pool_ != nullptr) static_cast<Pool*>(pool_)->runs.fetch_sub(1, std::memory_order_relaxed);
 }
 
 std::size_t pieces(std::size_t n, std::size_t threads, std::size_t least) {
