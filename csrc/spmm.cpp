@@ -74,80 +74,79 @@ float* Spmm::strip_scratch(std::size_t vectors) const {
     return scratch(0, (longest + 1) * vectors * strip_kernels().lanes);
 }
 
-void Spmm::planes(const float* x, std::size_t batch, std::size_t pixels, float* y, const float* bias, const float* residual,
-                  Act act, std::size_t threads) const {
+bool Spmm::joins(std::size_t batch, std::size_t pixels) const {
+    const std::size_t tile = VECTORS * strip_kernels().lanes;
+    return batch > 1 && pixels < 4 * tile && pixels % tile != 0;
+}
+
+void Spmm::product(const Pack& pack, const Out& out, std::size_t threads) const {
     const StripKernels& k = strip_kernels();
-    const std::size_t lanes = k.lanes;
-    if (batch == 0 || pixels == 0 || rows_ == 0) return;
-    // Small planes share tiles: columns are then counted through all images.
-    const bool joined = batch > 1 && pixels < 4 * VECTORS * lanes && pixels % (VECTORS * lanes) != 0;
-    const std::size_t columns = joined ? batch * pixels : pixels;
-    // Reading activations where they lie saves the packing, which few nonzeros an input do not pay for; but planes whose distance
-    // is a multiple of the page size fall into the same few lines of the cache.
-    const std::size_t uses = nnz_ / std::max<std::size_t>(cols_, 1), distance = pixels * sizeof(float);
-    const bool in_place = !joined && stream_.packing() == Packing::groups && uses <= 8 && distance % 1024 != 0;
-    for (std::size_t image = 0; image < (joined ? 1 : batch); ++image) {
-        const float* const xi = x + image * cols_ * pixels;
-        float* const yi = y + image * rows_ * pixels;
-        const float* const ri = residual == nullptr ? nullptr : residual + image * rows_ * pixels;
-        tiles(columns, threads, [&](const Task& t) {
+    const std::size_t lanes = k.lanes, pixels = out.pixels;
+    if (out.batch == 0 || pixels == 0 || rows_ == 0) return;
+    for (std::size_t image = 0; image < (out.joined ? 1 : out.batch); ++image) {
+        float* const y = out.y + image * out.image_step;
+        const float* const residual = out.residual == nullptr ? nullptr : out.residual + image * out.image_step;
+        tiles(out.joined ? out.batch * pixels : pixels, threads, [&](const Task& t) {
             const std::size_t width = t.vectors * lanes, tail = t.columns - (t.vectors - 1) * lanes;
             float* const strip = strip_scratch(t.vectors);
-            const bool one_block = stream_.blocks() == 1;
-            float* const sums = one_block && !joined ? nullptr : scratch(1, t.rows * width + lanes);
-            const auto pieces = [&](const auto& piece) {  // what the tile holds of each image: its pixels, and where they go
-                for (std::size_t c = 0; c < t.columns;) {
-                    const std::size_t at = t.column + c, n = std::min(t.columns - c, pixels - at % pixels);
-                    piece(at / pixels, at % pixels, c, n);
-                    c += n;
-                }
-            };
+            const bool direct = stream_.blocks() == 1 && !out.joined;
+            float* const sums = direct ? nullptr : scratch(1, t.rows * width + lanes);
             for (std::size_t b = 0; b < stream_.blocks(); ++b) {
-                const std::size_t first = stream_.block_first(b), size = stream_.block_size(b);
-                const float* const here = xi + first * pixels + t.column;
-                const char* at = reinterpret_cast<const char*>(strip);
-                std::size_t stride = width * sizeof(float);
-                if (in_place && tail == lanes) {
-                    at = reinterpret_cast<const char*>(here);
-                    stride = distance;
-                } else if (!joined) {
-                    k.pack(here, pixels, size, t.columns, strip, width);
-                } else {
-                    pieces([&](std::size_t i, std::size_t p, std::size_t c, std::size_t n) {
-                        const float* from = x + (i * cols_ + first) * pixels + p;
-                        for (std::size_t j = 0; j < size; ++j)
-                            std::memcpy(strip + j * width + c, from + j * pixels, n * sizeof(float));
-                    });
-                    if (t.columns < width)
-                        for (std::size_t j = 0; j < size; ++j)
-                            std::fill(strip + j * width + t.columns, strip + (j + 1) * width, 0.0f);
-                }
+                const std::size_t size = stream_.block_size(b);
+                const Place place = pack(image, t, stream_.block_first(b), size, strip, width);
                 if (stream_.packing() == Packing::slices) std::fill(strip + size * width, strip + (size + 1) * width, 0.0f);
                 for (std::size_t part = t.part; part < t.part_end; ++part) {
                     const std::size_t row = stream_.first_row(part);
-                    float* const partial = sums == nullptr ? nullptr : sums + (row - t.row) * width;
+                    float* const partial = direct ? nullptr : sums + (row - t.row) * width;
                     StripTarget target{b == 0 ? nullptr : partial, width, partial, width, lanes, nullptr};
                     Epilogue epilogue;
-                    if (b + 1 == stream_.blocks() && !joined) {
-                        epilogue = {bias == nullptr ? nullptr : bias + row,
-                                    ri == nullptr ? nullptr : ri + row * pixels + t.column, pixels, act};
-                        target.to = yi + row * pixels + t.column;
+                    if (b + 1 == stream_.blocks() && !out.joined) {
+                        const std::size_t to = row * pixels + t.column;
+                        epilogue = {out.bias == nullptr ? nullptr : out.bias + row, residual == nullptr ? nullptr : residual + to,
+                                    pixels, out.act};
+                        target.to = y + to;
                         target.to_ld = pixels;
                         target.tail = tail;
                         if (!epilogue.empty()) target.epilogue = &epilogue;
                     }
-                    stream_.run(part, b, at, stride, t.vectors, target);
+                    stream_.run(part, b, place.at, place.stride, t.vectors, target);
                 }
             }
-            if (joined)
-                pieces([&](std::size_t i, std::size_t p, std::size_t c, std::size_t n) {
-                    const std::size_t to = (i * rows_ + t.row) * pixels + p;
-                    const Epilogue epilogue{bias == nullptr ? nullptr : bias + t.row,
-                                            residual == nullptr ? nullptr : residual + to, pixels, act};
-                    k.unpack(sums + c, width, t.rows, n, y + to, pixels, epilogue);
+            if (out.joined)
+                pieces(t, pixels, [&](std::size_t i, std::size_t p, std::size_t c, std::size_t n) {
+                    const std::size_t to = i * out.image_step + t.row * pixels + p;
+                    const Epilogue epilogue{out.bias == nullptr ? nullptr : out.bias + t.row,
+                                            out.residual == nullptr ? nullptr : out.residual + to, pixels, out.act};
+                    k.unpack(sums + c, width, t.rows, n, out.y + to, pixels, epilogue);
                 });
         });
     }
+}
+
+void Spmm::planes(const float* x, std::size_t batch, std::size_t pixels, float* y, const float* bias, const float* residual,
+                  Act act, std::size_t threads) const {
+    const StripKernels& k = strip_kernels();
+    const bool joined = joins(batch, pixels);
+    // Reading activations where they lie saves the packing, which few nonzeros an input do not pay for; but planes whose distance
+    // is a multiple of a large power of two fall into the same few lines of the cache.
+    const std::size_t uses = nnz_ / std::max<std::size_t>(cols_, 1), distance = pixels * sizeof(float);
+    const bool in_place = stream_.packing() == Packing::groups && uses <= 8 && distance % 1024 != 0;
+    const Pack whole = [&](std::size_t image, const Task& t, std::size_t first, std::size_t size, float* strip, std::size_t width) {
+        const float* const from = x + (image * cols_ + first) * pixels + t.column;
+        if (in_place && t.columns == width) return Place{reinterpret_cast<const char*>(from), distance};
+        k.pack(from, pixels, size, t.columns, strip, width);
+        return Place{reinterpret_cast<const char*>(strip), width * sizeof(float)};
+    };
+    const Pack pieced = [&](std::size_t, const Task& t, std::size_t first, std::size_t size, float* strip, std::size_t width) {
+        pieces(t, pixels, [&](std::size_t i, std::size_t p, std::size_t c, std::size_t n) {
+            const float* from = x + (i * cols_ + first) * pixels + p;
+            for (std::size_t j = 0; j < size; ++j) std::memcpy(strip + j * width + c, from + j * pixels, n * sizeof(float));
+        });
+        if (t.columns < width)
+            for (std::size_t j = 0; j < size; ++j) std::fill(strip + j * width + t.columns, strip + (j + 1) * width, 0.0f);
+        return Place{reinterpret_cast<const char*>(strip), width * sizeof(float)};
+    };
+    product(joined ? pieced : whole, {y, bias, residual, act, batch, pixels, rows_ * pixels, joined}, threads);
 }
 
 void Spmm::linear(const float* x, std::size_t x_ld, std::size_t n, float* y, std::size_t y_ld, const float* bias, Act act,

@@ -25,10 +25,39 @@ public:
     std::size_t cols() const { return cols_; }
     std::size_t bytes() const { return stream_.bytes(); }
 
-private:
     struct Task {  // some parts of the rows, some columns
         std::size_t part, part_end, column, columns, vectors, row, rows;
     };
+    // Where a block's activations lie for a task: `strip` once it is filled (rows `width` floats apart), or any other place.
+    struct Place {
+        const char* at;
+        std::size_t stride;  // bytes from one input to the next
+    };
+    using Pack = std::function<Place(std::size_t image, const Task&, std::size_t first, std::size_t size, float* strip,
+                                     std::size_t width)>;
+    // Where the results go: y[image * image_step + row * pixels + pixel], and the residual likewise.
+    struct Out {
+        float* y;
+        const float* bias;
+        const float* residual;
+        Act act;
+        std::size_t batch, pixels, image_step;
+        bool joined;  // columns are counted through all images, so that small planes share tiles
+    };
+    // The product with activations that `pack` fetches.
+    void product(const Pack& pack, const Out& out, std::size_t threads) const;
+    // Whether planes so small are better joined.
+    bool joins(std::size_t batch, std::size_t pixels) const;
+    // Calls piece(image, pixel, column within the task, count) for what the task's columns hold of each image.
+    template <class Piece> static void pieces(const Task& t, std::size_t pixels, const Piece& piece) {
+        for (std::size_t c = 0; c < t.columns;) {
+            const std::size_t at = t.column + c, left = pixels - at % pixels, n = left < t.columns - c ? left : t.columns - c;
+            piece(at / pixels, at % pixels, c, n);
+            c += n;
+        }
+    }
+
+private:
     void tiles(std::size_t columns, std::size_t threads, const std::function<void(const Task&)>& work) const;
     std::size_t most_vectors() const;
     float* strip_scratch(std::size_t vectors) const;

@@ -1,0 +1,44 @@
+// What the bindings of the sparse products share.
+#pragma once
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+
+#include <optional>
+#include <string>
+
+#include "bind.hpp"
+#include "epilogue.hpp"
+
+using Floats = Flat<const float>;
+using Maybe = std::optional<Floats>;
+template <class T> using Planes = nb::ndarray<T, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+template <class T> using Images = nb::ndarray<T, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
+
+inline rarefy::Act act_of(const std::string& name) {
+    static const char* const names[] = {"none", "relu", "relu6", "hardswish", "silu"};
+    for (int i = 0; i < 5; ++i)
+        if (name == names[i]) return static_cast<rarefy::Act>(i);
+    throw std::invalid_argument("no such activation: " + name);
+}
+
+inline const float* bias_of(const Maybe& bias, std::size_t rows) {
+    if (!bias) return nullptr;
+    need(bias->size() == rows, "the bias must have one entry per row of the weight");
+    return bias->data();
+}
+
+inline void check_csr(const Flat<const std::int64_t>& crow, const Flat<const std::int32_t>& col, std::size_t values, std::size_t cols) {
+    need(crow.size() >= 1 && crow.data()[0] == 0, "crow must begin with 0");
+    const std::size_t rows = crow.size() - 1;
+    for (std::size_t m = 0; m < rows; ++m) need(crow.data()[m] <= crow.data()[m + 1], "crow must not fall");
+    need(static_cast<std::size_t>(crow.data()[rows]) == col.size() && col.size() == values, "crow, col and values do not fit");
+    need(col.size() < UINT32_MAX && cols <= INT32_MAX, "too large");
+    for (std::size_t m = 0; m < rows; ++m) {
+        std::int64_t before = -1;
+        for (std::int64_t i = crow.data()[m]; i < crow.data()[m + 1]; ++i) {
+            need(col.data()[i] > before && static_cast<std::size_t>(col.data()[i]) < cols,
+                 "the columns of a row must ascend and lie in the matrix");
+            before = col.data()[i];
+        }
+    }
+}
