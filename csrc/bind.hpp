@@ -4,6 +4,9 @@
 #include <nanobind/ndarray.h>
 
 #include <stdexcept>
+#include <string>
+
+#include "epilogue.hpp"
 
 namespace nb = nanobind;
 
@@ -15,7 +18,18 @@ inline void need(bool fits, const char* what) {
     if (!fits) throw std::invalid_argument(what);
 }
 
+inline rarefy::Act act_of(const std::string& name) {
+    static const char* const names[] = {"none", "relu", "relu6", "hardswish", "silu", "sigmoid", "hardsigmoid"};
+    int i = 0;
+    for (const char* known : names) {
+        if (name == known) return static_cast<rarefy::Act>(i);
+        ++i;
+    }
+    throw std::invalid_argument("no such activation: " + name);
+}
+
 void bind_layer(nb::module_& m);
+void bind_planes(nb::module_& m);
 void bind_spmm(nb::module_& m);
 void bind_spmv(nb::module_& m);
 void bind_conv(nb::module_& m);

@@ -14,13 +14,6 @@ using Maybe = std::optional<Floats>;
 template <class T> using Planes = nb::ndarray<T, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 template <class T> using Images = nb::ndarray<T, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
 
-inline rarefy::Act act_of(const std::string& name) {
-    static const char* const names[] = {"none", "relu", "relu6", "hardswish", "silu"};
-    for (int i = 0; i < 5; ++i)
-        if (name == names[i]) return static_cast<rarefy::Act>(i);
-    throw std::invalid_argument("no such activation: " + name);
-}
-
 inline const float* bias_of(const Maybe& bias, std::size_t rows) {
     if (!bias) return nullptr;
     need(bias->size() == rows, "the bias must have one entry per row of the weight");

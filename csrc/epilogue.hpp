@@ -4,7 +4,7 @@
 
 namespace rarefy {
 
-enum class Act { none, relu, relu6, hardswish, silu };
+enum class Act { none, relu, relu6, hardswish, silu, sigmoid, hardsigmoid };
 
 // For an output row (channel, feature) m and column (pixel, sample) n.
 struct Epilogue {

@@ -71,6 +71,7 @@ NB_MODULE(_native, m) {
     m.def("select_k", &select_k<double>, nb::arg("scores").noconvert(), nb::arg("k").noconvert(), nb::arg("mask").noconvert(),
           nb::arg("threads"));
     bind_layer(m);  // first: the others derive from it
+    bind_planes(m);
     bind_spmm(m);
     bind_spmv(m);
     bind_conv(m);

@@ -27,7 +27,16 @@ inline vf min(vf a, vf b) { return _mm512_min_ps(a, b); }
 inline float sum(vf a) { return _mm512_reduce_add_ps(a); }
 // The first n < LANES floats; the rest is zero, and is neither read nor written.
 inline vf load_first(const float* p, std::size_t n) { return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1u), p); }
+inline vf load_first(const float* p, std::size_t n, vf rest) {
+    return _mm512_mask_loadu_ps(rest, static_cast<__mmask16>((1u << n) - 1u), p);
+}
 inline void store_first(float* p, vf v, std::size_t n) { _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1u), v); }
+// The even and the odd places of a followed by b.
+inline void deinterleave(vf a, vf b, vf& even, vf& odd) {
+    const __m512i at = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    even = _mm512_permutex2var_ps(a, at, b);
+    odd = _mm512_permutex2var_ps(a, _mm512_add_epi32(at, _mm512_set1_epi32(1)), b);
+}
 #else
 #if defined(__AVX2__)
 constexpr std::size_t LANES = 8, REGISTERS = 16;
@@ -68,16 +77,43 @@ inline vf min(vf a, vf b) { return vminq_f32(a, b); }
 #else
 #error "no vector instructions are known for this architecture"
 #endif
-inline vf load_first(const float* p, std::size_t n) {
-    float some[LANES] = {};
+#if defined(__AVX2__)
+inline __m256i first(std::size_t n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline vf load_first(const float* p, std::size_t n) { return _mm256_maskload_ps(p, first(n)); }
+inline vf load_first(const float* p, std::size_t n, vf rest) {
+    return _mm256_blendv_ps(rest, load_first(p, n), _mm256_castsi256_ps(first(n)));
+}
+inline void store_first(float* p, vf v, std::size_t n) { _mm256_maskstore_ps(p, first(n), v); }
+inline void deinterleave(vf a, vf b, vf& even, vf& odd) {
+    const vf low = _mm256_permute2f128_ps(a, b, 0x20), high = _mm256_permute2f128_ps(a, b, 0x31);
+    even = _mm256_shuffle_ps(low, high, 0x88);
+    odd = _mm256_shuffle_ps(low, high, 0xdd);
+}
+#else
+inline vf load_first(const float* p, std::size_t n, vf rest) {
+    float some[LANES];
+    store(some, rest);
     for (std::size_t i = 0; i < n; ++i) some[i] = p[i];
     return load(some);
 }
+inline vf load_first(const float* p, std::size_t n) { return load_first(p, n, zero()); }
 inline void store_first(float* p, vf v, std::size_t n) {
     float some[LANES];
     store(some, v);
     for (std::size_t i = 0; i < n; ++i) p[i] = some[i];
 }
+inline void deinterleave(vf a, vf b, vf& even, vf& odd) {
+    float all[2 * LANES], parts[2][LANES];
+    store(all, a);
+    store(all + LANES, b);
+    for (std::size_t i = 0; i < LANES; ++i)
+        for (std::size_t j = 0; j < 2; ++j) parts[j][i] = all[2 * i + j];
+    even = load(parts[0]);
+    odd = load(parts[1]);
+}
+#endif
 inline float sum(vf a) {
     float some[LANES], total = 0;
     store(some, a);

@@ -32,13 +32,17 @@ inline vf div(vf a, vf b) { return a / b; }
 
 inline vf sigmoid(vf x) { return div(set1(1.0f), add(set1(1.0f), exp(mul(x, set1(-1.0f))))); }
 
+inline vf hardsigmoid(vf x) { return mul(min(set1(6.0f), max(zero(), add(x, set1(3.0f)))), set1(1.0f / 6.0f)); }
+
 inline vf activate(vf x, Act act) {
     switch (act) {
         case Act::none: return x;
         case Act::relu: return max(zero(), x);  // the order lets NaN pass
         case Act::relu6: return min(set1(6.0f), max(zero(), x));
-        case Act::hardswish: return mul(x, mul(min(set1(6.0f), max(zero(), add(x, set1(3.0f)))), set1(1.0f / 6.0f)));
-        case Act::silu: return mul(x, sigmoid(x));
+        case Act::hardswish: return mul(x, hardsigmoid(x));
+        case Act::silu: return mul(max(set1(-88.0f), x), sigmoid(x));  // below, the sigmoid falls no more
+        case Act::sigmoid: return sigmoid(x);
+        case Act::hardsigmoid: return hardsigmoid(x);
     }
     return x;
 }

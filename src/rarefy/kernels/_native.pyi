@@ -22,3 +22,39 @@ class Layer:
     def output_size(self) -> int: ...
     def in_place(self, i: int) -> bool: ...
     def run(self, inputs: list[Array], output: Array, batch: int, threads: int) -> None: ...
+
+class Depthwise(Layer):
+    def __init__(
+        self, weight: Array, bias: object, channels: int, size: list[int], stride: list[int], padding: list[int],
+        dilation: list[int], residual: bool, act: str,
+    ) -> None: ...  # fmt: skip
+
+class Pool(Layer):
+    def __init__(
+        self, kind: str, channels: int, size: list[int], kernel: list[int], stride: list[int], padding: list[int],
+        dilation: list[int], counted: list[int],
+    ) -> None: ...  # fmt: skip
+
+class AdaptiveAverage(Layer):
+    def __init__(self, channels: int, size: list[int], out: list[int]) -> None: ...
+
+class Elementwise(Layer):
+    def __init__(self, op: str, size: int, act: str) -> None: ...
+
+class Scale(Layer):
+    def __init__(self, channels: int, pixels: int, scale: object, shift: object, act: str) -> None: ...
+
+class Softmax(Layer):
+    def __init__(self, size: int) -> None: ...
+
+class Concat(Layer):
+    def __init__(self, sizes: list[int]) -> None: ...
+
+class Slice(Layer):
+    def __init__(self, size: int, start: int, stop: int) -> None: ...
+
+class Upsample(Layer):
+    def __init__(self, channels: int, size: list[int], out: list[int]) -> None: ...
+
+class Dense(Layer):
+    def __init__(self, weight: Array, bias: object, act: str) -> None: ...

@@ -1,0 +1,263 @@
+// Windows over channel planes (depthwise convolution, pooling).
+//
+// Some rows of a plane are first copied into a tile with padding around them, their columns sorted by place modulo the stride
+// ("phases"): then every tap of a window is a plain vector load at any stride and dilation, with no borders to look after. Four
+// output rows are summed at once in registers, so that an input row serves all of them.
+#include "planes.hpp"
+#include "pointwise.hpp"
+#include "simd_math.hpp"
+
+namespace rarefy::RAREFY_LEVEL {
+namespace {
+
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+
+constexpr std::size_t tile_room = 6144;  // floats: half of a small first cache
+
+constexpr std::size_t up(std::size_t n) { return (n + LANES - 1) / LANES * LANES; }
+
+// One row of a tile: per phase a zone of padding, the columns of that phase, and padding again.
+struct Layout {
+    std::size_t zone, phase, pitch, rows;  // floats; rows: output rows per tile
+
+    explicit Layout(const Window& w) {
+        zone = up((w.left + w.stride_w - 1) / w.stride_w);
+        const std::size_t written = zone + up((w.in_w + w.stride_w - 1) / w.stride_w);
+        const std::size_t read = up(w.out_w) + zone + (w.kernel_w - 1) * w.dilation_w / w.stride_w + 1;
+        phase = up(written > read ? written : read);
+        pitch = phase * w.stride_w;
+        const std::size_t halo = (w.kernel_h - 1) * w.dilation_h + 1, room = tile_room / pitch;
+        rows = room <= halo ? 4 : (room - halo) / w.stride_h + 1;
+        if (rows > 4) rows -= rows % 4;
+        if (rows > w.out_h) rows = w.out_h;
+    }
+    std::size_t height(const Window& w) const { return (rows - 1) * w.stride_h + (w.kernel_h - 1) * w.dilation_h + 1; }
+    // Where the tap at column offset kx begins in a row.
+    std::size_t tap(const Window& w, std::size_t kx) const {
+        const std::size_t at = zone * w.stride_w + kx * w.dilation_w - w.left;
+        return at % w.stride_w * phase + at / w.stride_w;
+    }
+};
+
+ALWAYS_INLINE vf load_or(const float* x, std::size_t at, std::size_t end, vf rest) {
+    if (at + LANES <= end) return load(x + at);
+    if (at >= end) return rest;
+    return load_first(x + at, end - at, rest);
+}
+
+void pack_row(const float* x, const Window& w, const Layout& t, vf rest, float* row) {
+    const std::size_t s = w.stride_w, n = w.in_w;
+    if (s > 2) {
+        for (std::size_t i = 0; i < t.pitch; i += LANES) store(row + i, rest);
+        for (std::size_t i = 0; i < n; ++i) row[i % s * t.phase + t.zone + i / s] = x[i];
+        return;
+    }
+    for (std::size_t p = 0; p < s; ++p)
+        for (std::size_t i = 0; i < t.zone; i += LANES) store(row + p * t.phase + i, rest);
+    std::size_t at = t.zone;
+    if (s == 1) {
+        for (std::size_t i = 0; i < n; i += LANES, at += LANES) store(row + at, load_or(x, i, n, rest));
+    } else {
+        for (std::size_t i = 0; i < n; i += 2 * LANES, at += LANES) {
+            vf even, odd;
+            deinterleave(load_or(x, i, n, rest), load_or(x, i + LANES, n, rest), even, odd);
+            store(row + at, even);
+            store(row + t.phase + at, odd);
+        }
+    }
+    for (; at < t.phase; at += LANES)
+        for (std::size_t p = 0; p < s; ++p) store(row + p * t.phase + at, rest);
+}
+
+// The input rows under output rows [from, from + rows).
+void pack(const float* x, const Window& w, const Layout& t, std::size_t from, std::size_t rows, vf rest, float* tile) {
+    const std::size_t count = (rows - 1) * w.stride_h + (w.kernel_h - 1) * w.dilation_h + 1;
+    for (std::size_t r = 0; r < count; ++r, tile += t.pitch) {
+        const std::size_t y = from * w.stride_h + r - w.top;  // wraps to a huge number above the plane
+        if (y < w.in_h)
+            pack_row(x + y * w.in_w, w, t, rest, tile);
+        else
+            for (std::size_t i = 0; i < t.pitch; i += LANES) store(tile + i, rest);
+    }
+}
+
+// What is done with each tap, beginning with `start`.
+template <std::size_t TAPS> struct Weighted {
+    vf w[TAPS], start;
+    ALWAYS_INLINE Weighted(const float* weights, float bias) : start(set1(bias)) {
+        for (std::size_t i = 0; i < TAPS; ++i) w[i] = set1(weights[i]);
+    }
+    ALWAYS_INLINE vf step(vf sum, vf x, std::size_t tap) const { return fma(x, w[tap], sum); }
+};
+struct AnyWeighted {
+    const float* w;
+    vf start;
+    ALWAYS_INLINE vf step(vf sum, vf x, std::size_t tap) const { return fma(x, set1(w[tap]), sum); }
+};
+struct Maximum {
+    vf start;
+    ALWAYS_INLINE vf step(vf sum, vf x, std::size_t) const { return max(sum, x); }
+};
+struct Sum {
+    vf start;
+    ALWAYS_INLINE vf step(vf sum, vf x, std::size_t) const { return add(sum, x); }
+};
+
+// R output rows of K x K windows with stride S, known to the compiler: each tap is loaded once for all rows that use it.
+template <std::size_t K, std::size_t S> struct Fixed {
+    std::size_t offsets[K], pitch;
+    Fixed(const Window& w, const Layout& t) : pitch(t.pitch) {
+        for (std::size_t i = 0; i < K; ++i) offsets[i] = t.tap(w, i);
+    }
+    template <std::size_t R, class Op> ALWAYS_INLINE void run(const float* tile, const Op& op, vf (&sum)[R]) const {
+#pragma GCC unroll 16
+        for (std::size_t j = 0; j < (R - 1) * S + K; ++j)
+#pragma GCC unroll 8
+            for (std::size_t kx = 0; kx < K; ++kx) {
+                const vf x = load(tile + j * pitch + offsets[kx]);
+#pragma GCC unroll 4
+                for (std::size_t r = 0; r < R; ++r)
+                    if (j >= r * S && j < r * S + K) sum[r] = op.step(sum[r], x, (j - r * S) * K + kx);
+            }
+    }
+    std::size_t down() const { return S * pitch; }
+};
+
+struct Any {
+    const Window& w;
+    const Layout& t;
+    template <std::size_t R, class Op> ALWAYS_INLINE void run(const float* tile, const Op& op, vf (&sum)[R]) const {
+        for (std::size_t kx = 0, tap = 0; kx < w.kernel_w; ++kx) {
+            const float* at = tile + t.tap(w, kx);
+            tap = kx;
+            for (std::size_t ky = 0; ky < w.kernel_h; ++ky, tap += w.kernel_w, at += w.dilation_h * t.pitch)
+                for (std::size_t r = 0; r < R; ++r) sum[r] = op.step(sum[r], load(at + r * w.stride_h * t.pitch), tap);
+        }
+    }
+    std::size_t down() const { return w.stride_h * t.pitch; }
+};
+
+template <std::size_t R, class Walk, class Op, class Finish>
+ALWAYS_INLINE void some_rows(const Walk& walk, const Op& op, const float* tile, std::size_t row, std::size_t width,
+                             const Finish& finish) {
+    for (std::size_t x = 0; x < width; x += LANES) {
+        vf sum[R];
+        for (auto& v : sum) v = op.start;
+        walk.run(tile + x, op, sum);
+        const std::size_t n = width - x < LANES ? width - x : LANES;
+#pragma GCC unroll 4
+        for (std::size_t r = 0; r < R; ++r) finish(sum[r], row + r, x, n);
+    }
+}
+
+// Output rows [row, row + rows) of one plane, whose tile is packed.
+template <class Walk, class Op, class Finish>
+void slide(const Walk& walk, const Op& op, const float* tile, std::size_t row, std::size_t rows, std::size_t width,
+           const Finish& finish) {
+    for (; rows >= 4; rows -= 4, row += 4, tile += 4 * walk.down()) some_rows<4>(walk, op, tile, row, width, finish);
+    if (rows >= 2) {
+        some_rows<2>(walk, op, tile, row, width, finish);
+        rows -= 2, row += 2, tile += 2 * walk.down();
+    }
+    if (rows != 0) some_rows<1>(walk, op, tile, row, width, finish);
+}
+
+ALWAYS_INLINE vf load_some(const float* p, std::size_t n) { return n == LANES ? load(p) : load_first(p, n); }
+ALWAYS_INLINE void store_some(float* p, vf v, std::size_t n) {
+    if (n == LANES)
+        store(p, v);
+    else
+        store_first(p, v, n);
+}
+
+// Calls body(output rows' first, count) with the tile packed, for all tiles of a plane.
+template <class Body> ALWAYS_INLINE void tiles(const float* x, const Window& w, const Layout& t, vf rest, float* tile, const Body& body) {
+    for (std::size_t row = 0; row < w.out_h; row += t.rows) {
+        const std::size_t rows = w.out_h - row < t.rows ? w.out_h - row : t.rows;
+        pack(x, w, t, row, rows, rest, tile);
+        body(row, rows);
+    }
+}
+
+template <class Walk, class MakeOp>
+void depthwise_with(const Depthwise& d, const Layout& t, const Walk& walk, const MakeOp& op_of, std::size_t from, std::size_t to,
+                    float* tile) {
+    const Window& w = d.window;
+    const Clamp clamp(d.act);
+    for (std::size_t p = from; p < to; ++p) {
+        const std::size_t channel = p % d.channels;
+        float* y = d.y + p * w.out_h * w.out_w;
+        const float* residual = d.residual == nullptr ? nullptr : d.residual + p * w.out_h * w.out_w;
+        const auto op = op_of(d.w + channel * w.kernel_h * w.kernel_w, d.bias == nullptr ? 0.0f : d.bias[channel]);
+        const auto finish = [&](vf sum, std::size_t row, std::size_t column, std::size_t n) {
+            const std::size_t at = row * w.out_w + column;
+            if (residual != nullptr) sum = add(sum, load_some(residual + at, n));
+            store_some(y + at, clamp(sum), n);
+        };
+        tiles(d.x + p / d.multiplier * w.in_h * w.in_w, w, t, zero(), tile, [&](std::size_t row, std::size_t rows) {
+            slide(walk, op, tile, row, rows, w.out_w, finish);
+            if (clamp.curved) pointwise(y + row * w.out_w, y + row * w.out_w, rows * w.out_w, d.act);
+        });
+    }
+}
+
+template <std::size_t K, std::size_t S> bool is(const Window& w) {
+    return w.kernel_h == K && w.kernel_w == K && w.stride_h == S && w.stride_w == S && w.dilation_h == 1 && w.dilation_w == 1;
+}
+
+template <std::size_t K, std::size_t S>
+void depthwise_fixed(const Depthwise& d, const Layout& t, std::size_t from, std::size_t to, float* tile) {
+    const auto op = [](const float* w, float bias) { return Weighted<K * K>(w, bias); };
+    depthwise_with(d, t, Fixed<K, S>(d.window, t), op, from, to, tile);
+}
+
+void depthwise(const Depthwise& d, std::size_t from, std::size_t to, float* tile) {
+    const Layout t(d.window);
+    if (is<3, 1>(d.window)) return depthwise_fixed<3, 1>(d, t, from, to, tile);
+    if (is<3, 2>(d.window)) return depthwise_fixed<3, 2>(d, t, from, to, tile);
+    if (is<5, 1>(d.window)) return depthwise_fixed<5, 1>(d, t, from, to, tile);
+    if (is<5, 2>(d.window)) return depthwise_fixed<5, 2>(d, t, from, to, tile);
+    const auto op = [](const float* w, float bias) { return AnyWeighted{w, set1(bias)}; };
+    depthwise_with(d, t, Any{d.window, t}, op, from, to, tile);
+}
+
+template <class Walk>
+void pool_with(const Pooling& q, const Layout& t, const Walk& walk, std::size_t from, std::size_t to, float* tile) {
+    const Window& w = q.window;
+    const vf least = set1(-__builtin_inff());
+    for (std::size_t p = from; p < to; ++p) {
+        float* y = q.y + p * w.out_h * w.out_w;
+        const float* x = q.x + p * w.in_h * w.in_w;
+        if (q.scale_h == nullptr)
+            tiles(x, w, t, least, tile, [&](std::size_t row, std::size_t rows) {
+                slide(walk, Maximum{least}, tile, row, rows, w.out_w,
+                      [&](vf sum, std::size_t r, std::size_t c, std::size_t n) { store_some(y + r * w.out_w + c, sum, n); });
+            });
+        else
+            tiles(x, w, t, zero(), tile, [&](std::size_t row, std::size_t rows) {
+                slide(walk, Sum{zero()}, tile, row, rows, w.out_w, [&](vf sum, std::size_t r, std::size_t c, std::size_t n) {
+                    const vf scale = mul(set1(q.scale_h[r]), load_some(q.scale_w + c, n));
+                    store_some(y + r * w.out_w + c, mul(sum, scale), n);
+                });
+            });
+    }
+}
+
+void pool(const Pooling& q, std::size_t from, std::size_t to, float* tile) {
+    const Layout t(q.window);
+    if (is<3, 2>(q.window)) return pool_with(q, t, Fixed<3, 2>(q.window, t), from, to, tile);
+    if (is<2, 2>(q.window)) return pool_with(q, t, Fixed<2, 2>(q.window, t), from, to, tile);
+    pool_with(q, t, Any{q.window, t}, from, to, tile);
+}
+
+std::size_t tile_floats(const Window& w) {
+    const Layout t(w);
+    return t.height(w) * t.pitch;
+}
+
+}  // namespace
+
+const PlaneKernels planes{LANES, tile_floats, depthwise, pool, pointwise_sum, pointwise_add, pointwise_multiply,
+                          pointwise_affine, softmax, pack_dense, dense};
+
+}  // namespace rarefy::RAREFY_LEVEL
