@@ -19,18 +19,11 @@ struct BoundConv {
 BoundConv* make(const Flat<const std::int64_t>& crow, const Flat<const std::int32_t>& col, const Floats& values,
             const std::array<std::size_t, 4>& weight, const Pair& size, const Pair& stride, const Pair& padding, const Pair& dilation,
             std::size_t groups, std::size_t batch, std::size_t threads) {
-    const auto [out, in, kh, kw] = weight;
-    need(groups >= 1 && out % groups == 0, "the output channels must be a multiple of the groups");
-    need(kh >= 1 && kw >= 1 && stride[0] >= 1 && stride[1] >= 1 && dilation[0] >= 1 && dilation[1] >= 1,
-         "kernel, stride and dilation must be positive");
-    need(size[0] + 2 * padding[0] > dilation[0] * (kh - 1) && size[1] + 2 * padding[1] > dilation[1] * (kw - 1),
-         "the kernel must fit the padded image");
-    need(crow.size() == out + 1, "crow must have one entry per output channel, and one");
-    check_csr(crow, col, values.size(), in * kh * kw);
-    const rarefy::ConvShape shape{in * groups, size[0],    size[1],     out,         kh,         kw,    stride[0],
-                                  stride[1],   padding[0], padding[1], dilation[0], dilation[1], groups};
+    const rarefy::ConvShape shape = conv_shape(weight, size, stride, padding, dilation, groups);
+    need(crow.size() == weight[0] + 1, "crow must have one entry per output channel, and one");
+    check_csr(crow, col, values.size(), shape.fan_in());
     const nb::gil_scoped_release unlocked;
-    return new BoundConv(rarefy::Csr{crow.data(), col.data(), values.data(), out, in * kh * kw}, shape, batch, threads, values.size());
+    return new BoundConv(rarefy::Csr{crow.data(), col.data(), values.data(), weight[0], shape.fan_in()}, shape, batch, threads, values.size());
 }
 
 void run(const BoundConv& b, const Images<const float>& x, const Images<float>& y, const Maybe& bias,

@@ -3,11 +3,12 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 
+#include <array>
 #include <optional>
 #include <string>
 
 #include "bind.hpp"
-#include "epilogue.hpp"
+#include "conv.hpp"
 
 using Floats = Flat<const float>;
 using Maybe = std::optional<Floats>;
@@ -34,4 +35,16 @@ inline void check_csr(const Flat<const std::int64_t>& crow, const Flat<const std
             before = col.data()[i];
         }
     }
+}
+
+inline rarefy::ConvShape conv_shape(const std::array<std::size_t, 4>& weight, const std::array<std::size_t, 2>& size,
+                                    const std::array<std::size_t, 2>& stride, const std::array<std::size_t, 2>& padding,
+                                    const std::array<std::size_t, 2>& dilation, std::size_t groups) {
+    const auto [out, in, kh, kw] = weight;
+    need(groups >= 1 && out % groups == 0, "the output channels must be a multiple of the groups");
+    need(kh >= 1 && kw >= 1 && stride[0] >= 1 && stride[1] >= 1 && dilation[0] >= 1 && dilation[1] >= 1,
+         "kernel, stride and dilation must be positive");
+    need(size[0] + 2 * padding[0] > dilation[0] * (kh - 1) && size[1] + 2 * padding[1] > dilation[1] * (kw - 1),
+         "the kernel must fit the padded image");
+    return {in * groups, size[0], size[1], out, kh, kw, stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1], groups};
 }

@@ -11,8 +11,15 @@ Conv::Conv(const Csr& w, const ConvShape& shape, std::size_t batch, std::size_t 
     for (std::size_t g = 0; g < shape.groups; ++g) {
         const std::int64_t from = w.crow[g * rows];
         for (std::size_t m = 0; m <= rows; ++m) crow[m] = w.crow[g * rows + m] - from;
-        const Csr part{crow.data(), w.col + from, w.values == nullptr ? nullptr : w.values + from, rows, w.cols};
-        first_value_.push_back(static_cast<std::size_t>(from));
+        const bool placed = w.position != nullptr;
+        const std::int64_t base = placed ? 0 : from;  // values by position are not cut into groups
+        const Csr part{crow.data(),
+                       w.col + from,
+                       w.values == nullptr ? nullptr : w.values + base,
+                       rows,
+                       w.cols,
+                       placed ? w.position + from : nullptr};
+        first_value_.push_back(static_cast<std::size_t>(base));
         groups_.emplace_back(part, batch * pixels, threads);
     }
 }
@@ -60,6 +67,25 @@ std::shared_ptr<const Fetches> Conv::fetches(std::size_t images) const {
     return known;
 }
 
+Conv::Packer Conv::packer(const float* x, std::size_t batch, std::size_t group) const {
+    const ConvShape& s = shape_;
+    const std::size_t lanes = strip_kernels().lanes, plane = s.height * s.width;
+    const ConvKernels& k = RAREFY_AT_LEVEL(conv);
+    const std::size_t pixels = s.out_height() * s.out_width(), image_step = s.in_channels * plane;
+    const bool by_image = pixels % lanes == 0;  // every vector lies in one image, and one image's plan serves all
+    return [&k, &s, lanes, plane, pixels, image_step, by_image, plan = fetches(by_image ? 1 : batch),
+            from = x + group * (s.in_channels / s.groups) * plane](std::size_t column, std::size_t, std::size_t first,
+                                                                   std::size_t size, float* strip, std::size_t width) {
+        for (std::size_t c = 0; c < width;) {
+            const std::size_t image = by_image ? (column + c) / pixels : 0, at = column + c - image * pixels;
+            const std::size_t n = by_image ? std::min(width - c, pixels - at) : width;
+            const FetchPlan here{plan->first.data() + at / lanes, plan->all.data(), plan->vectors, s.taps(), s.stride_w, plane};
+            k.fetch(from + image * image_step, here, first, size, n / lanes, strip + c, width);
+            c += n;
+        }
+    };
+}
+
 void Conv::run(const float* x, std::size_t batch, float* y, const float* bias, const float* residual, Act act,
                std::size_t threads) const {
     const ConvShape& s = shape_;
@@ -75,7 +101,7 @@ void Conv::run(const float* x, std::size_t batch, float* y, const float* bias, c
         const Spmm::Pack pack = [&](std::size_t image, const Spmm::Task& t, std::size_t first, std::size_t size, float* strip,
                                     std::size_t width) {
             const FetchPlan here{plan->first.data() + t.column / lanes, plan->all.data(), plan->vectors, s.taps(), s.stride_w, plane};
-            k.fetch(from + image * s.in_channels * plane, here, first, size, t.vectors, strip);
+            k.fetch(from + image * s.in_channels * plane, here, first, size, t.vectors, strip, width);
             return Spmm::Place{reinterpret_cast<const char*>(strip), width * sizeof(float)};
         };
         const std::size_t to = g * rows * pixels;

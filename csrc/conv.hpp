@@ -45,8 +45,9 @@ struct FetchPlan {
 };
 
 struct ConvKernels {
-    // Rows k .. k + size (channel, tap) of a strip, each `vectors` vectors.
-    void (*fetch)(const float* x, const FetchPlan& plan, std::size_t k, std::size_t size, std::size_t vectors, float* strip);
+    // Rows k .. k + size (channel, tap) of a strip: `vectors` vectors of each; the rows are `width` floats apart.
+    void (*fetch)(const float* x, const FetchPlan& plan, std::size_t k, std::size_t size, std::size_t vectors, float* strip,
+                  std::size_t width);
 };
 RAREFY_EVERY_LEVEL(extern const ConvKernels conv)
 
@@ -60,6 +61,12 @@ public:
     // x [batch][in_channels][height][width] -> y [batch][out_channels][out_height][out_width]
     void run(const float* x, std::size_t batch, float* y, const float* bias, const float* residual, Act act,
              std::size_t threads) const;
+
+    // Fills rows first .. first + size (channel, tap) of a group's strip for columns counted through all images; `column` is a
+    // multiple of the lanes.
+    using Packer = std::function<void(std::size_t column, std::size_t columns, std::size_t first, std::size_t size, float* strip,
+                                      std::size_t width)>;
+    Packer packer(const float* x, std::size_t batch, std::size_t group) const;
 
     const ConvShape& shape() const { return shape_; }
     std::size_t bytes() const;

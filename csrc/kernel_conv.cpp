@@ -37,17 +37,19 @@ template <std::size_t STRIDE> inline vf fetch_lanes(vf v, const float* from, std
 #endif
 
 template <std::size_t STRIDE>
-void fetch_rows(const float* x, const FetchPlan& p, std::size_t k, std::size_t size, std::size_t vectors, float* strip) {
+void fetch_rows(const float* x, const FetchPlan& p, std::size_t k, std::size_t size, std::size_t vectors, float* strip,
+                std::size_t width) {
     std::size_t tap = k % p.taps;
     const float* plane = x + k / p.taps * p.plane;
     for (std::size_t i = 0; i < size; ++i) {
         const std::uint32_t* first = p.first + tap * p.vectors_in_all;
-        for (std::size_t v = 0; v < vectors; ++v, strip += LANES) {
+        for (std::size_t v = 0; v < vectors; ++v) {
             vf row = zero();
             for (std::uint32_t f = first[v]; f < first[v + 1]; ++f)
                 row = fetch_lanes<STRIDE>(row, plane + p.all[f].from, p.all[f].mask, p.stride);
-            store(strip, row);
+            store(strip + v * LANES, row);
         }
+        strip += width;
         if (++tap == p.taps) {
             tap = 0;
             plane += p.plane;
@@ -55,13 +57,14 @@ void fetch_rows(const float* x, const FetchPlan& p, std::size_t k, std::size_t s
     }
 }
 
-void fetch(const float* x, const FetchPlan& plan, std::size_t k, std::size_t size, std::size_t vectors, float* strip) {
+void fetch(const float* x, const FetchPlan& plan, std::size_t k, std::size_t size, std::size_t vectors, float* strip,
+                std::size_t width) {
     if (plan.stride == 1)
-        fetch_rows<1>(x, plan, k, size, vectors, strip);
+        fetch_rows<1>(x, plan, k, size, vectors, strip, width);
     else if (plan.stride == 2)
-        fetch_rows<2>(x, plan, k, size, vectors, strip);
+        fetch_rows<2>(x, plan, k, size, vectors, strip, width);
     else
-        fetch_rows<0>(x, plan, k, size, vectors, strip);
+        fetch_rows<0>(x, plan, k, size, vectors, strip, width);
 }
 
 }  // namespace

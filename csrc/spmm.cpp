@@ -32,16 +32,21 @@ std::vector<std::size_t> block_ends(const Csr& w, std::size_t columns) {
     return ends;
 }
 
-std::size_t parts_for(const Csr& w, std::size_t threads) {
+// So many parts that each one's partial sums fit the second cache; but every part packs its own strips, which must pay.
+std::size_t fitting_parts(const Csr& w) {
     const std::size_t bytes = w.rows * VECTORS * strip_kernels().lanes * sizeof(float);
-    const std::size_t fit = (bytes + TILE_BYTES - 1) / TILE_BYTES;
-    return std::max<std::size_t>(fit, threads > 1 && w.rows >= 32 ? 2 * threads : 1);
+    const std::size_t pay = static_cast<std::size_t>(w.crow[w.rows]) / (8 * std::max<std::size_t>(w.cols, 1));
+    return std::clamp<std::size_t>((bytes + TILE_BYTES - 1) / TILE_BYTES, 1, std::max<std::size_t>(pay, 1));
+}
+
+std::size_t parts_for(const Csr& w, std::size_t threads) {
+    return std::max<std::size_t>(fitting_parts(w), threads > 1 && w.rows >= 32 ? 2 * threads : 1);
 }
 
 }  // namespace
 
 Spmm::Spmm(const Csr& w, std::size_t columns, std::size_t threads)
-    : rows_(w.rows), cols_(w.cols), nnz_(static_cast<std::size_t>(w.crow[w.rows])),
+    : rows_(w.rows), cols_(w.cols), nnz_(static_cast<std::size_t>(w.crow[w.rows])), fits_(fitting_parts(w) == 1),
       stream_(w, block_ends(w, columns), nullptr, packing_for(columns), parts_for(w, threads)) {}
 
 std::size_t Spmm::most_vectors() const {
@@ -55,8 +60,7 @@ void Spmm::tiles(std::size_t columns, std::size_t threads, const std::function<v
     std::size_t count = std::max((vectors + most - 1) / most, (vectors + usual / 2) / usual);
     count = std::max<std::size_t>(count, 1);
     const std::size_t parts = stream_.parts();
-    const bool fits = rows_ * usual * lanes * sizeof(float) <= TILE_BYTES;
-    const bool whole = fits && (threads <= 1 || count >= 3 * threads || parts == 1);
+    const bool whole = fits_ && (threads <= 1 || count >= 3 * threads || parts == 1);
     const std::size_t chunks = whole ? 1 : parts;
     parallel(count * chunks, threads, [&](std::size_t i) {
         const std::size_t tile = i / chunks, chunk = i % chunks;

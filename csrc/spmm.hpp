@@ -63,6 +63,7 @@ private:
     float* strip_scratch(std::size_t vectors) const;
 
     std::size_t rows_, cols_, nnz_;
+    bool fits_;  // one tile's partial sums of all rows fit the second cache
     Stream stream_;
 };
 

@@ -76,6 +76,9 @@ Stream::Stream(const Csr& w, const std::vector<std::size_t>& ends, const std::ui
         if (packing == Packing::groups) pack_groups(w, part, offset_of);
         else pack_slices(w, part, offset_of);
     }
+    if (w.position != nullptr)
+        for (std::uint32_t& at : order_)
+            if (at != NO_ROW) at = w.position[at];
     values_.resize(order_.size());
     if (w.values != nullptr) set_values(w.values);
 }

@@ -19,8 +19,9 @@ namespace rarefy {
 struct Csr {
     const std::int64_t* crow;   // [rows + 1]
     const std::int32_t* col;    // [nnz]
-    const float* values;        // [nnz]
+    const float* values;        // [nnz], or null: they come later
     std::size_t rows, cols;
+    const std::uint32_t* position = nullptr;  // [nnz]: where each nonzero's value stands; null: in this order
 };
 
 constexpr std::uint32_t NO_ROW = UINT32_MAX;  // fills the last group or slice of a part
@@ -81,7 +82,7 @@ public:
     // lie from its strip's base, in strides; null: its place in its block. `parts` contiguous ranges of rows of about equal work.
     Stream(const Csr& w, const std::vector<std::size_t>& ends, const std::uint32_t* offset_of, Packing packing, std::size_t parts);
 
-    void set_values(const float* values);  // in the order of the matrix
+    void set_values(const float* values);  // by the matrix's positions
 
     std::size_t parts() const { return first_row_.size() - 1; }
     std::size_t blocks() const { return ends_.size(); }
