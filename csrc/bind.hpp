@@ -30,6 +30,7 @@ inline rarefy::Act act_of(const std::string& name) {
 
 void bind_layer(nb::module_& m);
 void bind_planes(nb::module_& m);
+void bind_sparse_layers(nb::module_& m);
 void bind_spmm(nb::module_& m);
 void bind_spmv(nb::module_& m);
 void bind_conv(nb::module_& m);

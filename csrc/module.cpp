@@ -72,6 +72,7 @@ NB_MODULE(_native, m) {
           nb::arg("threads"));
     bind_layer(m);  // first: the others derive from it
     bind_planes(m);
+    bind_sparse_layers(m);
     bind_spmm(m);
     bind_spmv(m);
     bind_conv(m);

@@ -72,3 +72,26 @@ class Program:
     def profile(self, inputs: list[Array], outputs: list[Array], batch: int, threads: int) -> list[float]: ...
 
 def place(intervals: list[tuple[int, int, int]]) -> list[int]: ...
+
+class SparsePlanes(Layer):
+    def __init__(
+        self, crow: object, col: object, values: object, cols: int, pixels: int, bias: object, residual: bool, act: str,
+        batch: int, threads: int,
+    ) -> None: ...  # fmt: skip
+    @property
+    def bytes(self) -> int: ...
+
+class SparseLinear(Layer):
+    def __init__(
+        self, crow: object, col: object, values: object, cols: int, bias: object, act: str, batch: int, threads: int
+    ) -> None: ...
+    @property
+    def bytes(self) -> int: ...
+
+class SparseConv(Layer):
+    def __init__(
+        self, crow: object, col: object, values: object, weight: list[int], size: list[int], stride: list[int],
+        padding: list[int], dilation: list[int], groups: int, bias: object, residual: bool, act: str, batch: int, threads: int,
+    ) -> None: ...  # fmt: skip
+    @property
+    def bytes(self) -> int: ...
