@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from rarefy.kernels.bitpack import pack_mask, unpack_mask
 from rarefy.kernels.native import native_config, threads
+from rarefy.kernels.ops import sparse_conv2d, sparse_linear
 from rarefy.kernels.select import select_k
 from rarefy.kernels.zero import apply_mask_
 
-__all__ = ["apply_mask_", "native_config", "pack_mask", "select_k", "threads", "unpack_mask"]
+__all__ = [
+    "apply_mask_",
+    "native_config",
+    "pack_mask",
+    "select_k",
+    "sparse_conv2d",
+    "sparse_linear",
+    "threads",
+    "unpack_mask",
+]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import grad
 
 
 def pack_mask(mask: Tensor) -> Tensor:
@@ -34,3 +35,102 @@ def select_k(scores: Tensor, k: int | Tensor) -> Tensor:
 def apply_mask_(weight: Tensor, mask: Tensor) -> Tensor:
     """Zero `weight` in place where `mask` is False."""
     return weight.masked_fill_(~mask, 0)
+
+
+# --- sparse weights as compressed rows: crow int64 [M + 1], col int32 [nnz] over the flattened weight [M, K] ---------------
+
+
+def rows_of(crow: Tensor, nnz: int) -> Tensor:
+    """Return the row of each nonzero, int64 [nnz]."""
+    rows = torch.arange(crow.shape[0] - 1, device=crow.device)
+    return rows.repeat_interleave(crow.diff(), output_size=nnz)
+
+
+def _chunks(n: int, nnz: int) -> list[slice]:
+    """Cut n samples so that a chunk times the nonzeros stays small."""
+    step = max(1, (1 << 22) // max(nnz, 1))
+    return [slice(i, i + step) for i in range(0, n, step)]
+
+
+def sparse_linear(x: Tensor, values: Tensor, crow: Tensor, col: Tensor, bias: Tensor | None) -> Tensor:
+    """x [n, K] -> [n, M]: add up value * x[col] for each row."""
+    y = x.new_zeros(x.shape[0], crow.shape[0] - 1)
+    rows = rows_of(crow, col.shape[0])
+    for part in _chunks(x.shape[0], col.shape[0]):
+        y[part].index_add_(1, rows, x[part, col.long()] * values)
+    return y if bias is None else y + bias
+
+
+def sparse_linear_input_gradient(dy: Tensor, values: Tensor, crow: Tensor, col: Tensor, in_features: int) -> Tensor:
+    """dy [n, M] -> dx [n, K]: the product with the transposed weight."""
+    dx = dy.new_zeros(dy.shape[0], in_features)
+    rows = rows_of(crow, col.shape[0])
+    for part in _chunks(dy.shape[0], col.shape[0]):
+        dx[part].index_add_(1, col.long(), dy[part, rows] * values)
+    return dx
+
+
+def sparse_linear_values_gradient(x: Tensor, dy: Tensor, crow: Tensor, col: Tensor) -> Tensor:
+    """x [n, K], dy [n, M] -> [nnz]: for each nonzero the dot product of its column of x and its row's dy."""
+    out = dy.new_zeros(col.shape)
+    rows = rows_of(crow, col.shape[0])
+    for part in _chunks(x.shape[0], col.shape[0]):
+        out += (x[part, col.long()] * dy[part, rows]).sum(0)
+    return out
+
+
+def _dense(values: Tensor, crow: Tensor, col: Tensor, weight_shape: Sequence[int]) -> Tensor:
+    weight = values.new_zeros(weight_shape[0], math.prod(weight_shape[1:]))
+    weight[rows_of(crow, col.shape[0]), col.long()] = values
+    return weight.view(tuple(weight_shape))
+
+
+def sparse_conv2d(
+    x: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    bias: Tensor | None,
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Convolve with the weight made dense."""
+    weight = _dense(values, crow, col, weight_shape)
+    return torch.nn.functional.conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+
+def sparse_conv2d_input_gradient(
+    dy: Tensor,
+    values: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    size: Sequence[int],
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """dy -> dx [batch, in, *size], with the weight made dense."""
+    weight = _dense(values, crow, col, weight_shape)
+    shape = (dy.shape[0], weight_shape[1] * groups, *size)
+    return grad.conv2d_input(shape, weight, dy, stride, padding, dilation, groups)
+
+
+def sparse_conv2d_values_gradient(
+    x: Tensor,
+    dy: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """x, dy -> [nnz]: the dense weight's gradient where it is kept."""
+    dense = grad.conv2d_weight(x, tuple(weight_shape), dy, stride, padding, dilation, groups)
+    return dense.reshape(weight_shape[0], -1)[rows_of(crow, col.shape[0]), col.long()]
