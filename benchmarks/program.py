@@ -1,0 +1,101 @@
+"""MobileNetV1 built by hand from native layers, batch 1, 224 x 224, random zeros in its 1 x 1 layers: time, and time by layer.
+
+python benchmarks/program.py [--sparsity 0.9] [--threads 1 2] [--batch 1] [--layers]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rarefy.kernels import planes, sparse_layers
+from rarefy.kernels.program import Program, ProgramBuilder
+
+# Output channels and stride of the thirteen pairs of a depthwise and a 1 x 1 layer.
+BLOCKS = [(64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1)]
+
+
+def weights(sparsity: float) -> dict[str, tuple[Tensor, Tensor]]:
+    """Random weights that keep the activations' scale, and biases, by layer."""
+    g = torch.Generator().manual_seed(0)
+
+    def layer(*shape: int, zeros: float = 0.0) -> tuple[Tensor, Tensor]:
+        w = torch.randn(shape, generator=g)
+        if zeros:
+            keep = torch.rand(shape, generator=g).flatten().argsort()[int(zeros * w.numel()) :]
+            w = torch.zeros(w.numel()).index_copy(0, keep, w.flatten()[keep]).view(shape)
+        fan_in = max(1.0, float((w != 0).sum()) / shape[0])
+        return w * (2 / fan_in) ** 0.5, 0.1 * torch.randn(shape[0], generator=g)
+
+    made, channels = {"stem": layer(32, 3, 3, 3)}, 32
+    for i, (out, _) in enumerate(BLOCKS):
+        made[f"dw{i}"] = layer(channels, 1, 3, 3)
+        made[f"pw{i}"] = layer(out, channels, 1, 1, zeros=sparsity)
+        channels = out
+    made["fc"] = layer(1000, channels)
+    return made
+
+
+def native(w: dict[str, tuple[Tensor, Tensor]], batch: int, threads: int) -> Program:
+    """The network as a program."""
+    build = ProgramBuilder()
+    x = build.input((3, 224, 224))
+    stem = sparse_layers.sparse_conv_layer(
+        *w["stem"], 224, stride=2, padding=1, act="relu", batch=batch, threads=threads
+    )
+    x, size, channels = build.add(stem, x, shape=(32, 112, 112), name="stem"), 112, 32
+    for i, (out, stride) in enumerate(BLOCKS):
+        depthwise = planes.depthwise(*w[f"dw{i}"], size, stride=stride, padding=1, act="relu")
+        size = (size - 1) // stride + 1
+        x = build.add(depthwise, x, shape=(channels, size, size), name=f"dw{i}")
+        pointwise = sparse_layers.sparse_pointwise_layer(*w[f"pw{i}"], size, act="relu", batch=batch, threads=threads)
+        x, channels = build.add(pointwise, x, shape=(out, size, size), name=f"pw{i}"), out
+    x = build.add(planes.adaptive_avg_pool(channels, size), x, shape=(channels,), name="pool")
+    return build.program(build.add(planes.dense_linear(*w["fc"]), x, shape=(1000,), name="fc"))
+
+
+def reference(w: dict[str, tuple[Tensor, Tensor]], x: Tensor) -> Tensor:
+    """The same in torch."""
+    x = F.relu(F.conv2d(x, *w["stem"], stride=2, padding=1))
+    for i, (_, stride) in enumerate(BLOCKS):
+        x = F.relu(F.conv2d(x, *w[f"dw{i}"], stride=stride, padding=1, groups=x.shape[1]))
+        x = F.relu(F.conv2d(x, *w[f"pw{i}"]))
+    return F.linear(x.mean((2, 3)), *w["fc"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sparsity", type=float, default=0.9)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=200)
+    parser.add_argument("--layers", action="store_true", help="show the time of each layer")
+    args = parser.parse_args()
+    w, x = weights(args.sparsity), torch.randn(args.batch, 3, 224, 224)
+    for threads in args.threads:
+        torch.set_num_threads(threads)
+        program = native(w, args.batch, threads)
+        with torch.inference_mode():
+            expected = reference(w, x)
+        error = float((program(x)[0] - expected).abs().max() / expected.abs().max())
+        seconds = []
+        for _ in range(args.repeats):
+            start = time.perf_counter()
+            program(x)
+            seconds.append(time.perf_counter() - start)
+        print(
+            f"{threads} threads: {1e3 * statistics.median(seconds):.3f} ms (least {1e3 * min(seconds):.3f}), "
+            f"error {error:.1e}, memory between layers {program.arena_bytes(args.batch) / 1e6:.1f} MB"
+        )
+        if args.layers:
+            for name, time_of in program.profile(x, repeats=50):
+                print(f"  {name:6} {1e6 * time_of:7.1f} us")
+
+
+if __name__ == "__main__":
+    main()
