@@ -18,7 +18,7 @@ constexpr std::size_t up(std::size_t n) { return (n + LANES - 1) / LANES * LANES
 
 // One row of a tile: per phase a zone of padding, the columns of that phase, and padding again.
 struct Layout {
-    std::size_t zone, phase, pitch, rows;  // floats; rows: output rows per tile
+    std::size_t zone, phase, pitch, rows, together;  // floats; output rows of a tile; planes packed at a time
 
     explicit Layout(const Window& w) {
         zone = up((w.left + w.stride_w - 1) / w.stride_w);
@@ -30,6 +30,8 @@ struct Layout {
         rows = room <= halo ? 4 : (room - halo) / w.stride_h + 1;
         if (rows > 4) rows -= rows % 4;
         if (rows > w.out_h) rows = w.out_h;
+        together = rows < w.out_h ? 1 : tile_room / (height(w) * pitch);
+        if (together == 0) together = 1;
     }
     std::size_t height(const Window& w) const { return (rows - 1) * w.stride_h + (w.kernel_h - 1) * w.dilation_h + 1; }
     // Where the tap at column offset kx begins in a row.
@@ -39,46 +41,52 @@ struct Layout {
     }
 };
 
-ALWAYS_INLINE vf load_or(const float* x, std::size_t at, std::size_t end, vf rest) {
-    if (at + LANES <= end) return load(x + at);
-    if (at >= end) return rest;
-    return load_first(x + at, end - at, rest);
+void fill(float* tile, std::size_t floats, vf rest) {
+    for (std::size_t i = 0; i < floats; i += LANES) store(tile + i, rest);
 }
 
-void pack_row(const float* x, const Window& w, const Layout& t, vf rest, float* row) {
-    const std::size_t s = w.stride_w, n = w.in_w;
-    if (s > 2) {
-        for (std::size_t i = 0; i < t.pitch; i += LANES) store(row + i, rest);
-        for (std::size_t i = 0; i < n; ++i) row[i % s * t.phase + t.zone + i / s] = x[i];
-        return;
-    }
-    for (std::size_t p = 0; p < s; ++p)
-        for (std::size_t i = 0; i < t.zone; i += LANES) store(row + p * t.phase + i, rest);
-    std::size_t at = t.zone;
-    if (s == 1) {
-        for (std::size_t i = 0; i < n; i += LANES, at += LANES) store(row + at, load_or(x, i, n, rest));
-    } else {
-        for (std::size_t i = 0; i < n; i += 2 * LANES, at += LANES) {
-            vf even, odd;
-            deinterleave(load_or(x, i, n, rest), load_or(x, i + LANES, n, rest), even, odd);
-            store(row + at, even);
-            store(row + t.phase + at, odd);
+// The columns of some rows; the padding around them is there already.
+ALWAYS_INLINE void pack_rows(const float* x, std::size_t n, std::size_t stride, std::size_t count, const Layout& t, vf rest, float* row) {
+    const std::size_t pitch = t.pitch, phase = t.phase, per_step = stride * LANES, whole = n / per_step * per_step, tail = n - whole;
+    row += t.zone;
+    if (stride == 1) {
+        for (; count != 0; --count, x += n, row += pitch) {
+            for (std::size_t i = 0; i < whole; i += LANES) store(row + i, load(x + i));
+            if (tail != 0) store(row + whole, load_first(x + whole, tail, rest));
         }
+    } else if (stride == 2) {
+        const std::size_t last = tail < LANES ? 0 : tail - LANES;
+        for (; count != 0; --count, x += n, row += pitch) {
+            vf even, odd;
+            for (std::size_t i = 0; i < whole; i += 2 * LANES) {
+                deinterleave(load(x + i), load(x + i + LANES), even, odd);
+                store(row + i / 2, even);
+                store(row + phase + i / 2, odd);
+            }
+            if (tail == 0) continue;
+            const vf a = tail >= LANES ? load(x + whole) : load_first(x + whole, tail, rest);
+            deinterleave(a, last != 0 ? load_first(x + whole + LANES, last, rest) : rest, even, odd);
+            store(row + whole / 2, even);
+            store(row + phase + whole / 2, odd);
+        }
+    } else {
+        for (; count != 0; --count, x += n, row += pitch)
+            for (std::size_t i = 0; i < n; ++i) row[i % stride * phase + i / stride] = x[i];
     }
-    for (; at < t.phase; at += LANES)
-        for (std::size_t p = 0; p < s; ++p) store(row + p * t.phase + at, rest);
 }
 
 // The input rows under output rows [from, from + rows).
-void pack(const float* x, const Window& w, const Layout& t, std::size_t from, std::size_t rows, vf rest, float* tile) {
-    const std::size_t count = (rows - 1) * w.stride_h + (w.kernel_h - 1) * w.dilation_h + 1;
-    for (std::size_t r = 0; r < count; ++r, tile += t.pitch) {
-        const std::size_t y = from * w.stride_h + r - w.top;  // wraps to a huge number above the plane
-        if (y < w.in_h)
-            pack_row(x + y * w.in_w, w, t, rest, tile);
-        else
-            for (std::size_t i = 0; i < t.pitch; i += LANES) store(tile + i, rest);
+ALWAYS_INLINE void pack(const float* x, const Window& w, const Layout& t, std::size_t from, std::size_t rows, vf rest, float* tile) {
+    const std::size_t count = (rows - 1) * w.stride_h + (w.kernel_h - 1) * w.dilation_h + 1, at = from * w.stride_h;
+    std::size_t above = w.top > at ? w.top - at : 0, below = at + count > w.in_h + w.top ? at + count - w.in_h - w.top : 0;
+    if (above > count) above = count;
+    if (below > count - above) below = count - above;
+    if (t.rows < w.out_h) {  // else these rows never held anything but padding
+        fill(tile, above * t.pitch, rest);
+        fill(tile + (count - below) * t.pitch, below * t.pitch, rest);
     }
+    if (above + below < count)
+        pack_rows(x + (at + above - w.top) * w.in_w, w.in_w, w.stride_w, count - above - below, t, rest, tile + above * t.pitch);
 }
 
 // What is done with each tap, beginning with `start`.
@@ -170,12 +178,20 @@ ALWAYS_INLINE void store_some(float* p, vf v, std::size_t n) {
         store_first(p, v, n);
 }
 
-// Calls body(output rows' first, count) with the tile packed, for all tiles of a plane.
-template <class Body> ALWAYS_INLINE void tiles(const float* x, const Window& w, const Layout& t, vf rest, float* tile, const Body& body) {
-    for (std::size_t row = 0; row < w.out_h; row += t.rows) {
-        const std::size_t rows = w.out_h - row < t.rows ? w.out_h - row : t.rows;
-        pack(x, w, t, row, rows, rest, tile);
-        body(row, rows);
+// Calls body(plane, first output row, rows, tile) with the tile packed, for all tiles of planes [from, to). Small planes are packed
+// several at a time: reading right behind the writing, across what was written, would wait for the stores to reach the cache.
+template <class Plane, class Body>
+ALWAYS_INLINE void tiles(const Plane& plane, const Window& w, const Layout& t, vf rest, std::size_t from, std::size_t to, float* tile,
+                         const Body& body) {
+    const std::size_t size = t.height(w) * t.pitch;
+    fill(tile, t.together * size, rest);
+    for (std::size_t p = from; p < to; p += t.together) {
+        const std::size_t many = to - p < t.together ? to - p : t.together;
+        for (std::size_t row = 0; row < w.out_h; row += t.rows) {
+            const std::size_t rows = w.out_h - row < t.rows ? w.out_h - row : t.rows;
+            for (std::size_t i = 0; i < many; ++i) pack(plane(p + i), w, t, row, rows, rest, tile + i * size);
+            for (std::size_t i = 0; i < many; ++i) body(p + i, row, rows, tile + i * size);
+        }
     }
 }
 
@@ -184,21 +200,19 @@ void depthwise_with(const Depthwise& d, const Layout& t, const Walk& walk, const
                     float* tile) {
     const Window& w = d.window;
     const Clamp clamp(d.act);
-    for (std::size_t p = from; p < to; ++p) {
+    const auto plane = [&](std::size_t p) { return d.x + p / d.multiplier * w.in_h * w.in_w; };
+    tiles(plane, w, t, zero(), from, to, tile, [&](std::size_t p, std::size_t first, std::size_t rows, const float* packed) {
         const std::size_t channel = p % d.channels;
         float* y = d.y + p * w.out_h * w.out_w;
         const float* residual = d.residual == nullptr ? nullptr : d.residual + p * w.out_h * w.out_w;
         const auto op = op_of(d.w + channel * w.kernel_h * w.kernel_w, d.bias == nullptr ? 0.0f : d.bias[channel]);
-        const auto finish = [&](vf sum, std::size_t row, std::size_t column, std::size_t n) {
+        slide(walk, op, packed, first, rows, w.out_w, [&](vf sum, std::size_t row, std::size_t column, std::size_t n) {
             const std::size_t at = row * w.out_w + column;
             if (residual != nullptr) sum = add(sum, load_some(residual + at, n));
             store_some(y + at, clamp(sum), n);
-        };
-        tiles(d.x + p / d.multiplier * w.in_h * w.in_w, w, t, zero(), tile, [&](std::size_t row, std::size_t rows) {
-            slide(walk, op, tile, row, rows, w.out_w, finish);
-            if (clamp.curved) pointwise(y + row * w.out_w, y + row * w.out_w, rows * w.out_w, d.act);
         });
-    }
+        if (clamp.curved) pointwise(y + first * w.out_w, y + first * w.out_w, rows * w.out_w, d.act);
+    });
 }
 
 template <std::size_t K, std::size_t S> bool is(const Window& w) {
@@ -225,22 +239,21 @@ template <class Walk>
 void pool_with(const Pooling& q, const Layout& t, const Walk& walk, std::size_t from, std::size_t to, float* tile) {
     const Window& w = q.window;
     const vf least = set1(-__builtin_inff());
-    for (std::size_t p = from; p < to; ++p) {
-        float* y = q.y + p * w.out_h * w.out_w;
-        const float* x = q.x + p * w.in_h * w.in_w;
-        if (q.scale_h == nullptr)
-            tiles(x, w, t, least, tile, [&](std::size_t row, std::size_t rows) {
-                slide(walk, Maximum{least}, tile, row, rows, w.out_w,
-                      [&](vf sum, std::size_t r, std::size_t c, std::size_t n) { store_some(y + r * w.out_w + c, sum, n); });
+    const auto plane = [&](std::size_t p) { return q.x + p * w.in_h * w.in_w; };
+    if (q.scale_h == nullptr)
+        tiles(plane, w, t, least, from, to, tile, [&](std::size_t p, std::size_t first, std::size_t rows, const float* packed) {
+            float* y = q.y + p * w.out_h * w.out_w;
+            slide(walk, Maximum{least}, packed, first, rows, w.out_w,
+                  [&](vf sum, std::size_t r, std::size_t c, std::size_t n) { store_some(y + r * w.out_w + c, sum, n); });
+        });
+    else
+        tiles(plane, w, t, zero(), from, to, tile, [&](std::size_t p, std::size_t first, std::size_t rows, const float* packed) {
+            float* y = q.y + p * w.out_h * w.out_w;
+            slide(walk, Sum{zero()}, packed, first, rows, w.out_w, [&](vf sum, std::size_t r, std::size_t c, std::size_t n) {
+                const vf scale = mul(set1(q.scale_h[r]), load_some(q.scale_w + c, n));
+                store_some(y + r * w.out_w + c, mul(sum, scale), n);
             });
-        else
-            tiles(x, w, t, zero(), tile, [&](std::size_t row, std::size_t rows) {
-                slide(walk, Sum{zero()}, tile, row, rows, w.out_w, [&](vf sum, std::size_t r, std::size_t c, std::size_t n) {
-                    const vf scale = mul(set1(q.scale_h[r]), load_some(q.scale_w + c, n));
-                    store_some(y + r * w.out_w + c, mul(sum, scale), n);
-                });
-            });
-    }
+        });
 }
 
 void pool(const Pooling& q, std::size_t from, std::size_t to, float* tile) {
@@ -252,7 +265,7 @@ void pool(const Pooling& q, std::size_t from, std::size_t to, float* tile) {
 
 std::size_t tile_floats(const Window& w) {
     const Layout t(w);
-    return t.height(w) * t.pitch;
+    return t.together * t.height(w) * t.pitch;
 }
 
 }  // namespace
