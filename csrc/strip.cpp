@@ -128,8 +128,9 @@ void Stream::pack_groups(const Csr& w, std::size_t part, const std::uint32_t* of
             }
             group_end[g] = merged.size();
         }
-        // A small matrix's runs are few enough for the branch predictor to remember them.
-        const auto split = splits(seen, groups, groups * blocks() > 768 ? 3 : 1);
+        // Alone in a loop a small matrix does better with shorter runs, which the branch predictor then remembers; in a network it
+        // does not.
+        const auto split = splits(seen, groups, 3);
         offsets.clear();
         order.clear();
         for (std::size_t g = 0; g < groups; ++g) {
