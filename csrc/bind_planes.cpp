@@ -63,6 +63,17 @@ void bind_planes(nb::module_& m) {
              },
              nb::arg("weight").noconvert(), nb::arg("bias").none(), nb::arg("channels"), nb::arg("size"), nb::arg("stride"),
              nb::arg("padding"), nb::arg("dilation"), nb::arg("residual"), nb::arg("act"));
+    layer<DirectConv>(m, "DirectConv", "Dense convolution of few channels; inputs x and, if asked for, the residual.")
+        .def("__init__",
+             [](DirectConv* self, const nb::ndarray<const float, nb::ndim<4>, nb::c_contig, nb::device::cpu>& w, const Maybe& bias,
+                const Sizes& size, const Sizes& stride, const Sizes& padding, const Sizes& dilation, bool residual, const std::string& act) {
+                 need(w.shape(3) <= DIRECT_WIDEST, "the kernel is too wide for this layer");
+                 const Window win = window(size, {w.shape(2), w.shape(3)}, stride, padding, dilation);
+                 new (self) DirectConv(w.shape(1), w.shape(0), win, w.data(), copied(bias, w.shape(0), "one bias per output channel"),
+                                       residual, act_of(act));
+             },
+             nb::arg("weight").noconvert(), nb::arg("bias").none(), nb::arg("size"), nb::arg("stride"), nb::arg("padding"),
+             nb::arg("dilation"), nb::arg("residual"), nb::arg("act"));
     layer<PoolLayer>(m, "Pool", "Maximum or average over windows.")
         .def("__init__",
              [](PoolLayer* self, const std::string& kind, std::size_t channels, const Sizes& size, const Sizes& kernel, const Sizes& stride,

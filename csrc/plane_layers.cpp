@@ -57,6 +57,25 @@ void DepthwiseLayer::run(const float* const* inputs, float* output, float*, std:
     });
 }
 
+DirectConv::DirectConv(std::size_t in, std::size_t out, const Window& window, const float* w, Floats32 bias, bool residual, Act act)
+    : Layer(with_residual(in * window.in_h * window.in_w, out * window.out_h * window.out_w, residual), out * window.out_h * window.out_w),
+      in_(in), out_(out), window_(window), bias_(std::move(bias)), act_(act) {
+    const std::size_t taps = in * window.kernel_h * window.kernel_w;
+    w_.assign((out + DIRECT_OUT - 1) / DIRECT_OUT * DIRECT_OUT * taps, 0.0f);
+    for (std::size_t o = 0; o < out; ++o)
+        for (std::size_t t = 0; t < taps; ++t) w_[(o / DIRECT_OUT * taps + t) * DIRECT_OUT + o % DIRECT_OUT] = w[o * taps + t];
+}
+
+void DirectConv::run(const float* const* inputs, float* output, float*, std::size_t batch, std::size_t threads) const {
+    const auto& k = plane_kernels();
+    const Direct d{window_, inputs[0], w_.data(), bias_.empty() ? nullptr : bias_.data(), input_sizes().size() == 2 ? inputs[1] : nullptr,
+                   output, in_, out_, act_};
+    const std::size_t room = k.direct_floats(d), tiles = (window_.out_h + DIRECT_ROWS - 1) / DIRECT_ROWS;
+    share(batch * tiles, DIRECT_ROWS * window_.out_w * out_, threads, [&](std::size_t from, std::size_t to) {
+        for (std::size_t i = from; i < to; ++i) k.direct(d, i / tiles, i % tiles * DIRECT_ROWS, scratch(0, room));
+    });
+}
+
 PoolLayer::PoolLayer(std::size_t channels, const Window& window, std::size_t bottom, std::size_t right, Pool kind)
     : Layer({channels * window.in_h * window.in_w}, channels * window.out_h * window.out_w), channels_(channels), window_(window) {
     if (kind == Pool::maximum) return;

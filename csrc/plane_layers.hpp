@@ -23,6 +23,20 @@ private:
     Act act_;
 };
 
+// Dense convolution, made for few input channels: w [out][in][kernel_h][kernel_w]. Inputs: x, and the residual.
+class DirectConv : public Layer {
+public:
+    DirectConv(std::size_t in, std::size_t out, const Window& window, const float* w, Floats32 bias, bool residual, Act act);
+    bool in_place(std::size_t i) const override { return i == 1; }
+    void run(const float* const* inputs, float* output, float* scratch, std::size_t batch, std::size_t threads) const override;
+
+private:
+    std::size_t in_, out_;
+    Window window_;
+    Floats32 w_, bias_;
+    Act act_;
+};
+
 enum class Pool { maximum, average, average_with_padding };  // the last counts the padding of `bottom` and `right` cells too
 
 class PoolLayer : public Layer {

@@ -28,6 +28,16 @@ struct Pooling {
     float* y;
 };
 
+// Dense convolution of a few channels: y[o] = act(sum over channels of windows of x * w + bias[o] + residual[o]).
+struct Direct {
+    Window window;
+    const float *x, *w, *bias, *residual;  // w [out / DIRECT_OUT][in][kernel_h][kernel_w][DIRECT_OUT], the last filled with zeros
+    float* y;
+    std::size_t in, out;
+    Act act;
+};
+constexpr std::size_t DIRECT_OUT = 4, DIRECT_ROWS = 4, DIRECT_WIDEST = 16;  // channels, rows at a time; columns of a kernel
+
 struct PlaneKernels {
     std::size_t lanes;
     std::size_t (*tile_floats)(const Window&);  // how much `tile` the two below want
@@ -44,6 +54,9 @@ struct PlaneKernels {
     void (*pack_dense)(const float* w, std::size_t rows, std::size_t cols, float* packed);
     void (*dense)(const float* packed, const float* bias, const float* x, float* y, std::size_t rows, std::size_t cols,
                   std::size_t n, std::size_t from, std::size_t to, Act act);
+    // DIRECT_ROWS output rows from `row` of one image.
+    std::size_t (*direct_floats)(const Direct&);
+    void (*direct)(const Direct&, std::size_t image, std::size_t row, float* tile);
 };
 constexpr std::size_t DENSE_VECTORS = 4;
 RAREFY_EVERY_LEVEL(extern const PlaneKernels planes)

@@ -1,4 +1,4 @@
-// What kernel_planes.cpp takes from kernel_pointwise.cpp.
+// What kernel_planes.cpp takes from its neighbours.
 #pragma once
 #include "planes.hpp"
 #include "simd.hpp"
@@ -25,5 +25,7 @@ void softmax(const float* x, float* y, std::size_t n);
 void pack_dense(const float* w, std::size_t rows, std::size_t cols, float* packed);
 void dense(const float* packed, const float* bias, const float* x, float* y, std::size_t rows, std::size_t cols, std::size_t n,
            std::size_t from, std::size_t to, Act act);
+std::size_t direct_floats(const Direct& d);
+void direct(const Direct& d, std::size_t image, std::size_t row, float* tile);
 
 }  // namespace rarefy::RAREFY_LEVEL

@@ -9,12 +9,17 @@
 #include <numeric>
 #include <stdexcept>
 
+#if defined(__unix__) || defined(__APPLE__)
+#include <sys/mman.h>
+#endif
+
 #include "pool.hpp"
 
 namespace rarefy {
 namespace {
 
 constexpr std::size_t nowhere = std::numeric_limits<std::size_t>::max(), line = 16;  // floats in a cache line
+constexpr std::size_t large_page = std::size_t{2} << 20;
 
 void need(bool fits, const std::string& what) {
     if (!fits) throw std::invalid_argument("Program: " + what);
@@ -135,8 +140,14 @@ std::unique_ptr<Program::Arena> Program::take(std::size_t batch, std::size_t thr
     }
     auto arena = std::make_unique<Arena>();
     arena->plan = plan(batch, threads);
-    void* memory = std::aligned_alloc(64, std::max<std::size_t>(arena->plan.floats, line) * sizeof(float));
+    // Large pages, where the system gives them: a network touches thousands of small ones in every run.
+    const std::size_t bytes = std::max<std::size_t>(arena->plan.floats, line) * sizeof(float);
+    const std::size_t page = bytes >= large_page ? large_page : 64;
+    void* memory = std::aligned_alloc(page, (bytes + page - 1) / page * page);
     if (memory == nullptr) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+    if (page == large_page) madvise(memory, (bytes + page - 1) / page * page, MADV_HUGEPAGE);
+#endif
     arena->memory = {static_cast<float*>(memory), &std::free};
     return arena;
 }

@@ -94,6 +94,27 @@ def test_depthwise_with_several_filters_a_channel_and_oblong_windows() -> None:
     check(layer, expected, x)
 
 
+@pytest.mark.parametrize(
+    ("kernel", "stride", "dilation"), [(3, 2, 1), (3, 1, 1), (7, 2, 1), (1, 1, 1), (4, 4, 1), (3, 1, 2)]
+)
+def test_dense_convolution(kernel: int, stride: int, dilation: int) -> None:
+    for (h, w), c, out, b in [((7, 9), 3, 5, 2), ((30, 33), 1, 8, 1), ((19, 150), 4, 3, 1)]:
+        pad = (kernel // 2) * dilation
+        x, weight, bias = (
+            torch.randn(b, c, h, w),
+            torch.randn(out, c, kernel, kernel) / kernel / c**0.5,
+            torch.randn(out),
+        )
+        y = F.conv2d(x, weight, bias, stride, pad, dilation)
+        r = torch.randn_like(y)
+        layer = planes.dense_conv(
+            weight, bias, (h, w), stride=stride, padding=pad, dilation=dilation, act="hardswish", residual=True
+        )
+        for threads in (1, 2):
+            got = run(layer, x, r, shape=tuple(y.shape[1:]), threads=threads)
+            torch.testing.assert_close(got, F.hardswish(y + r), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("k", "s", "p"), [(2, 2, 0), (3, 2, 1), (3, 1, 1), (5, 3, 2), (2, 1, 0)])
 @pytest.mark.parametrize("ceil", [False, True])
 def test_pools(k: int, s: int, p: int, ceil: bool) -> None:
@@ -183,6 +204,8 @@ def test_wrong_sizes_are_told() -> None:
         planes.depthwise(torch.zeros(3, 1, 5, 5), None, (2, 2))
     with pytest.raises(OptionError, match="one bias per filter"):
         planes.depthwise(torch.zeros(3, 1, 1, 1), torch.zeros(4), (2, 2))
+    with pytest.raises(OptionError, match="too wide"):
+        planes.dense_conv(torch.zeros(1, 1, 1, 17), None, (2, 20))
     with pytest.raises(OptionError, match="no such activation: 'gelu'"):
         planes.activation(4, "gelu")
     with pytest.raises(OptionError, match="a slice must lie"):

@@ -29,6 +29,12 @@ class Depthwise(Layer):
         dilation: list[int], residual: bool, act: str,
     ) -> None: ...  # fmt: skip
 
+class DirectConv(Layer):
+    def __init__(
+        self, weight: Array, bias: object, size: list[int], stride: list[int], padding: list[int], dilation: list[int],
+        residual: bool, act: str,
+    ) -> None: ...  # fmt: skip
+
 class Pool(Layer):
     def __init__(
         self, kind: str, channels: int, size: list[int], kernel: list[int], stride: list[int], padding: list[int],

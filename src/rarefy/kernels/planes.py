@@ -26,6 +26,7 @@ __all__ = [
     "affine",
     "avg_pool",
     "concat",
+    "dense_conv",
     "dense_linear",
     "depthwise",
     "max_pool",
@@ -65,6 +66,31 @@ def depthwise(
         return native.Depthwise(
             _floats(weight).squeeze(1).numpy(), _array(bias), channels or weight.shape[0], _pair(size), _pair(stride),
             [top, left, top, left], _pair(dilation), residual, _known(act),
+        )  # fmt: skip
+
+
+def dense_conv(
+    weight: Tensor,
+    bias: Tensor | None,
+    size: Ints,
+    *,
+    stride: Ints = 1,
+    padding: Ints = 0,
+    dilation: Ints = 1,
+    act: str = "none",
+    residual: bool = False,
+) -> Layer:
+    """Dense convolution of [in, *size] planes with `weight` [out, in, kh, kw], kw <= 16: made for a network's first layer.
+
+    With `residual`, a second input of the output's shape is added before `act`.
+    """
+    if weight.dim() != 4:
+        raise OptionError(f"a convolution's weight is [out, in, kh, kw]; this one is {list(weight.shape)}")
+    top, left = _pair(padding)
+    with _said("dense_conv"):
+        return native.DirectConv(
+            _floats(weight).numpy(), _array(bias), _pair(size), _pair(stride), [top, left, top, left], _pair(dilation),
+            residual, _known(act),
         )  # fmt: skip
 
 
