@@ -15,7 +15,19 @@ __version__ = "0.1.0"
 
 __all__ = ["Method", "RarefyError", "Sparsifier", "__version__", "methods", "show_config", "sparsify"]
 
-_ROOMS = ("allocation", "data", "kernels", "metrics", "models", "patterns", "report", "schedules", "scores", "training")
+_ROOMS = (
+    "allocation",
+    "data",
+    "kernels",
+    "metrics",
+    "models",
+    "nn",
+    "patterns",
+    "report",
+    "schedules",
+    "scores",
+    "training",
+)
 
 
 def __getattr__(name: str) -> ModuleType:

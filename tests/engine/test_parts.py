@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import rarefy
-from rarefy.engine.sampling import sample
+from rarefy.kernels.sampling import sample
 from tests.engine.common import backward, batch, mlp
 
 

@@ -15,9 +15,9 @@ from rarefy.engine.distributed import active, average, on_any_rank
 from rarefy.engine.layer import Change, Layer
 from rarefy.engine.loading import AfterLoad
 from rarefy.engine.optimizer_state import Optimizers
-from rarefy.engine.sampling import sample
 from rarefy.engine.selection import Target
 from rarefy.errors import OptionError, RarefyError, StateError
+from rarefy.kernels.sampling import sample
 from rarefy.patterns import Pattern
 
 

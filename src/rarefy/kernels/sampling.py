@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def sample(population: int, count: int, generator: torch.Generator) -> Tensor:
+def sample(population: int, count: int, generator: torch.Generator | None) -> Tensor:
     """Draw `count` different integers from range(population), uniformly; int64 [count], on the CPU, in drawing order.
 
     Memory grows with `count` and not with `population` while `count` is a small share of it, so that weights too large
