@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from rarefy import methods
 from rarefy._config import show_config
@@ -11,13 +11,17 @@ from rarefy._sparsify import sparsify
 from rarefy.engine import Method, Sparsifier
 from rarefy.errors import RarefyError, nearest
 
+if TYPE_CHECKING:
+    from rarefy.deploy import accelerate
+
 __version__ = "0.1.0"
 
-__all__ = ["Method", "RarefyError", "Sparsifier", "__version__", "methods", "show_config", "sparsify"]
+__all__ = ["Method", "RarefyError", "Sparsifier", "__version__", "accelerate", "methods", "show_config", "sparsify"]
 
 _ROOMS = (
     "allocation",
     "data",
+    "deploy",
     "kernels",
     "metrics",
     "models",
@@ -28,12 +32,15 @@ _ROOMS = (
     "scores",
     "training",
 )
+_LATE = {"accelerate": "deploy"}
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> Any:
     """Import a room when it is first asked for: `rarefy.models` works after `import rarefy`, and costs nothing before."""
     if name in _ROOMS:
         return importlib.import_module(f"rarefy.{name}")
+    if name in _LATE:
+        return getattr(importlib.import_module(f"rarefy.{_LATE[name]}"), name)
     raise AttributeError(f"rarefy has no {name!r}{nearest(name, [*__all__, *_ROOMS])}")
 
 
