@@ -1,6 +1,7 @@
 # make demo   train a small network with every method and write runs/demo/report.html
 # make test   everything that checks the project
 # make native rebuild the C++ core after an edit in csrc/
+# make sanitize   the C++ tests (tests/native) with AddressSanitizer and UBSan
 # Both of the first two work from a fresh clone: Python 3.11+, pip and a C++ compiler are all they need.
 
 PYTHON ?= python3
@@ -17,16 +18,22 @@ INSTALL := $(PIP) install --quiet --constraint constraints.txt
 INPUTS  := pyproject.toml constraints.txt CMakeLists.txt
 
 .NOTPARALLEL:
-.PHONY: help demo test lint native bench bench-peers chromium clean
+.PHONY: help demo test sanitize lint native bench bench-peers chromium clean
 
 help:
-	@sed -n 's/^# //p' Makefile | head -4
+	@sed -n 's/^# //p' Makefile | head -5
 
 demo: $(VENV)/.installed native
 	$(BIN)/rarefy demo
 
-test: $(VENV)/.installed-dev native chromium lint
+test: $(VENV)/.installed-dev native sanitize chromium lint
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
+
+# The C++ tests with AddressSanitizer and UBSan, for every instruction set that this machine has.
+sanitize: $(VENV)/.tools
+	@$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DRAREFY_SANITIZE=ON >/dev/null
+	$(BIN)/cmake --build build/sanitize
+	build/sanitize/rarefy_checks
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

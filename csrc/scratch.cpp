@@ -23,7 +23,12 @@ thread_local Buffer buffers[4];
 
 float* scratch(std::size_t which, std::size_t floats) {
     Buffer& buffer = buffers[which];
-    if (buffer.floats < floats) {
+#ifdef RAREFY_SANITIZE
+    const bool fits = buffer.floats == floats;  // so that a step beyond what was asked for is seen
+#else
+    const bool fits = buffer.floats >= floats;
+#endif
+    if (!fits) {
         ::operator delete(buffer.data, line);
         buffer.data = nullptr;
         buffer.floats = 0;
