@@ -45,9 +45,7 @@ def native(w: dict[str, tuple[Tensor, Tensor]], batch: int, threads: int) -> Pro
     """The network as a program."""
     build = ProgramBuilder()
     x = build.input((3, 224, 224))
-    stem = sparse_layers.sparse_conv_layer(
-        *w["stem"], 224, stride=2, padding=1, act="relu", batch=batch, threads=threads
-    )
+    stem = planes.dense_conv(*w["stem"], 224, stride=2, padding=1, act="relu")
     x, size, channels = build.add(stem, x, shape=(32, 112, 112), name="stem"), 112, 32
     for i, (out, stride) in enumerate(BLOCKS):
         depthwise = planes.depthwise(*w[f"dw{i}"], size, stride=stride, padding=1, act="relu")

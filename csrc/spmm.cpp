@@ -40,7 +40,7 @@ std::size_t fitting_parts(const Csr& w) {
 }
 
 std::size_t parts_for(const Csr& w, std::size_t threads) {
-    return std::max<std::size_t>(fitting_parts(w), threads > 1 && w.rows >= 32 ? 2 * threads : 1);
+    return std::max<std::size_t>(fitting_parts(w), threads > 1 && w.rows >= 32 ? threads : 1);
 }
 
 }  // namespace
