@@ -23,7 +23,7 @@ void SparsePlanes::run(const float* const* inputs, float* output, float*, std::s
 }
 
 SparseLinear::SparseLinear(const Csr& w, std::vector<float> bias, Act act, std::size_t batch, std::size_t threads)
-    : Layer({w.cols}, w.rows), spmm_(w, batch, threads), bias_(std::move(bias)), act_(act) {}
+    : Layer({w.cols}, w.rows), spmm_(w, batch, threads, Spmm::For::linear_only), bias_(std::move(bias)), act_(act) {}
 
 void SparseLinear::run(const float* const* inputs, float* output, float*, std::size_t batch, std::size_t threads) const {
     spmm_.linear(inputs[0], input_sizes()[0], batch, output, output_size(), or_null(bias_), act_, threads);

@@ -45,12 +45,14 @@ std::size_t parts_for(const Csr& w, std::size_t threads) {
 
 }  // namespace
 
-Spmm::Spmm(const Csr& w, std::size_t columns, std::size_t threads)
-    : rows_(w.rows), cols_(w.cols), nnz_(static_cast<std::size_t>(w.crow[w.rows])), fits_(fitting_parts(w) == 1),
-      stream_(w, block_ends(w, columns), nullptr, packing_for(columns), parts_for(w, threads)) {}
+Spmm::Spmm(const Csr& w, std::size_t columns, std::size_t threads, For use)
+    : rows_(w.rows), cols_(w.cols), nnz_(static_cast<std::size_t>(w.crow[w.rows])), fits_(fitting_parts(w) == 1) {
+    if (use == For::linear_only && columns == 1) vector_.emplace(w);
+    else stream_.emplace(w, block_ends(w, columns), nullptr, packing_for(columns), parts_for(w, threads));
+}
 
 std::size_t Spmm::most_vectors() const {
-    return stream_.packing() == Packing::slices ? MOST_SLICE_VECTORS : std::min(VECTORS + 1, strip_kernels().vectors);
+    return stream_->packing() == Packing::slices ? MOST_SLICE_VECTORS : std::min(VECTORS + 1, strip_kernels().vectors);
 }
 
 // Cuts the columns into tiles of nearly equal width and, where these are too few for the threads, the rows too.
@@ -59,22 +61,22 @@ void Spmm::tiles(std::size_t columns, std::size_t threads, const std::function<v
     const std::size_t usual = std::min(VECTORS, most);
     std::size_t count = std::max((vectors + most - 1) / most, (vectors + usual / 2) / usual);
     count = std::max<std::size_t>(count, 1);
-    const std::size_t parts = stream_.parts();
+    const std::size_t parts = stream_->parts();
     const bool whole = fits_ && (threads <= 1 || count >= 3 * threads || parts == 1);
     const std::size_t chunks = whole ? 1 : parts;
     parallel(count * chunks, threads, [&](std::size_t i) {
         const std::size_t tile = i / chunks, chunk = i % chunks;
         const std::size_t from = vectors * tile / count, to = vectors * (tile + 1) / count;
         const std::size_t part = whole ? 0 : chunk, part_end = whole ? parts : chunk + 1;
-        const std::size_t first = stream_.first_row(part);
+        const std::size_t first = stream_->first_row(part);
         work({part, part_end, from * lanes, std::min(columns, to * lanes) - from * lanes, to - from, first,
-              stream_.first_row(part_end - 1) + stream_.rows(part_end - 1) - first});
+              stream_->first_row(part_end - 1) + stream_->rows(part_end - 1) - first});
     });
 }
 
 float* Spmm::strip_scratch(std::size_t vectors) const {
     std::size_t longest = 0;
-    for (std::size_t b = 0; b < stream_.blocks(); ++b) longest = std::max(longest, stream_.block_size(b));
+    for (std::size_t b = 0; b < stream_->blocks(); ++b) longest = std::max(longest, stream_->block_size(b));
     return scratch(0, (longest + 1) * vectors * strip_kernels().lanes);
 }
 
@@ -93,18 +95,18 @@ void Spmm::product(const Pack& pack, const Out& out, std::size_t threads) const 
         tiles(out.joined ? out.batch * pixels : pixels, threads, [&](const Task& t) {
             const std::size_t width = t.vectors * lanes, tail = t.columns - (t.vectors - 1) * lanes;
             float* const strip = strip_scratch(t.vectors);
-            const bool direct = stream_.blocks() == 1 && !out.joined;
+            const bool direct = stream_->blocks() == 1 && !out.joined;
             float* const sums = direct ? nullptr : scratch(1, t.rows * width + lanes);
-            for (std::size_t b = 0; b < stream_.blocks(); ++b) {
-                const std::size_t size = stream_.block_size(b);
-                const Place place = pack(image, t, stream_.block_first(b), size, strip, width);
-                if (stream_.packing() == Packing::slices) std::fill(strip + size * width, strip + (size + 1) * width, 0.0f);
+            for (std::size_t b = 0; b < stream_->blocks(); ++b) {
+                const std::size_t size = stream_->block_size(b);
+                const Place place = pack(image, t, stream_->block_first(b), size, strip, width);
+                if (stream_->packing() == Packing::slices) std::fill(strip + size * width, strip + (size + 1) * width, 0.0f);
                 for (std::size_t part = t.part; part < t.part_end; ++part) {
-                    const std::size_t row = stream_.first_row(part);
+                    const std::size_t row = stream_->first_row(part);
                     float* const partial = direct ? nullptr : sums + (row - t.row) * width;
                     StripTarget target{b == 0 ? nullptr : partial, width, partial, width, lanes, nullptr};
                     Epilogue epilogue;
-                    if (b + 1 == stream_.blocks() && !out.joined) {
+                    if (b + 1 == stream_->blocks() && !out.joined) {
                         const std::size_t to = row * pixels + t.column;
                         epilogue = {out.bias == nullptr ? nullptr : out.bias + row, residual == nullptr ? nullptr : residual + to,
                                     pixels, out.act};
@@ -113,7 +115,7 @@ void Spmm::product(const Pack& pack, const Out& out, std::size_t threads) const 
                         target.tail = tail;
                         if (!epilogue.empty()) target.epilogue = &epilogue;
                     }
-                    stream_.run(part, b, place.at, place.stride, t.vectors, target);
+                    stream_->run(part, b, place.at, place.stride, t.vectors, target);
                 }
             }
             if (out.joined)
@@ -134,7 +136,7 @@ void Spmm::planes(const float* x, std::size_t batch, std::size_t pixels, float* 
     // Reading activations where they lie saves the packing, which few nonzeros an input do not pay for; but planes whose distance
     // is a multiple of a large power of two fall into the same few lines of the cache.
     const std::size_t uses = nnz_ / std::max<std::size_t>(cols_, 1), distance = pixels * sizeof(float);
-    const bool in_place = stream_.packing() == Packing::groups && uses <= 8 && distance % 1024 != 0;
+    const bool in_place = stream_->packing() == Packing::groups && uses <= 8 && distance % 1024 != 0;
     const Pack whole = [&](std::size_t image, const Task& t, std::size_t first, std::size_t size, float* strip, std::size_t width) {
         const float* const from = x + (image * cols_ + first) * pixels + t.column;
         if (in_place && t.columns == width) return Place{reinterpret_cast<const char*>(from), distance};
@@ -158,17 +160,21 @@ void Spmm::linear(const float* x, std::size_t x_ld, std::size_t n, float* y, std
     const StripKernels& k = strip_kernels();
     const std::size_t lanes = k.lanes;
     if (n == 0 || rows_ == 0) return;
+    if (vector_) {
+        for (std::size_t i = 0; i < n; ++i) vector_->run(x + i * x_ld, y + i * y_ld, bias, act, threads);
+        return;
+    }
     tiles(n, threads, [&](const Task& t) {
         const std::size_t width = t.vectors * lanes;
         float* const strip = strip_scratch(t.vectors);
         float* const sums = scratch(1, t.rows * width);
-        for (std::size_t b = 0; b < stream_.blocks(); ++b) {
-            const std::size_t first = stream_.block_first(b), size = stream_.block_size(b);
+        for (std::size_t b = 0; b < stream_->blocks(); ++b) {
+            const std::size_t first = stream_->block_first(b), size = stream_->block_size(b);
             k.pack_transposed(x + t.column * x_ld + first, x_ld, size, t.columns, strip, width);
-            if (stream_.packing() == Packing::slices) std::fill(strip + size * width, strip + (size + 1) * width, 0.0f);
+            if (stream_->packing() == Packing::slices) std::fill(strip + size * width, strip + (size + 1) * width, 0.0f);
             for (std::size_t part = t.part; part < t.part_end; ++part) {
-                float* const partial = sums + (stream_.first_row(part) - t.row) * width;
-                stream_.run(part, b, reinterpret_cast<const char*>(strip), width * sizeof(float), t.vectors,
+                float* const partial = sums + (stream_->first_row(part) - t.row) * width;
+                stream_->run(part, b, reinterpret_cast<const char*>(strip), width * sizeof(float), t.vectors,
                             {b == 0 ? nullptr : partial, width, partial, width, lanes, nullptr});
             }
         }

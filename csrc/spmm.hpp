@@ -1,7 +1,9 @@
 // Unstructured sparse weights times dense activations: y = act(W x + bias + residual).
 #pragma once
 #include <functional>
+#include <optional>
 
+#include "spmv.hpp"
 #include "strip.hpp"
 
 namespace rarefy {
@@ -9,9 +11,14 @@ namespace rarefy {
 class Spmm {
 public:
     // `columns`: how many columns (pixels of all images, or samples) a product will mostly have; any other number works too.
-    Spmm(const Csr& w, std::size_t columns, std::size_t threads);
+    // A weight for `linear` only, and one sample at a time, is packed for that.
+    enum class For { planes_and_linear, linear_only };
+    Spmm(const Csr& w, std::size_t columns, std::size_t threads, For use = For::planes_and_linear);
 
-    void set_values(const float* values) { stream_.set_values(values); }
+    void set_values(const float* values) {
+        if (vector_) vector_->set_values(values);
+        else stream_->set_values(values);
+    }
 
     // Planes: x [batch][cols][pixels] -> y [batch][rows][pixels]; the residual, if any, has the shape and layout of y.
     void planes(const float* x, std::size_t batch, std::size_t pixels, float* y, const float* bias, const float* residual, Act act,
@@ -23,7 +30,7 @@ public:
 
     std::size_t rows() const { return rows_; }
     std::size_t cols() const { return cols_; }
-    std::size_t bytes() const { return stream_.bytes(); }
+    std::size_t bytes() const { return vector_ ? vector_->bytes() : stream_->bytes(); }
 
     struct Task {  // some parts of the rows, some columns
         std::size_t part, part_end, column, columns, vectors, row, rows;
@@ -64,7 +71,8 @@ private:
 
     std::size_t rows_, cols_, nnz_;
     bool fits_;  // one tile's partial sums of all rows fit the second cache
-    Stream stream_;
+    std::optional<Spmv> vector_;  // this
+    std::optional<Stream> stream_;  // or this
 };
 
 }  // namespace rarefy
