@@ -21,7 +21,8 @@ def run(weight, bias, x, act="none", threads=1):
 
 @settings(max_examples=80, deadline=None)
 @given(
-    rows=st.integers(1, 80), cols=st.integers(1, 400), sparsity=st.sampled_from([0, 0.3, 0.9, 0.99, 1]), seed=st.integers(0, 99),
+    rows=st.integers(1, 80), cols=st.integers(1, 400), sparsity=st.sampled_from([0, 0.3, 0.9, 0.99, 1]),
+    seed=st.integers(0, 99),
     isa=st.sampled_from(native.available_isas()), threads=st.integers(1, 2), samples=st.integers(1, 3),
 )  # fmt: skip
 def test_product(rows, cols, sparsity, seed, isa, threads, samples):
