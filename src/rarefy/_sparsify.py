@@ -31,7 +31,7 @@ def sparsify(
 ) -> Sparsifier:
     """Make a model sparse, in place, and keep it so while it trains.
 
-    Names, shapes and state-dict keys stay; the training loop stays as it is: the work is done in hooks on the optimizer.
+    Names, shapes and state-dict keys stay (with masked storage); the training loop stays as it is: the work is done in hooks on the optimizer.
 
     Args:
         model: any module that holds Linear, Conv1d/2d/3d, Embedding, MultiheadAttention or RNN weights. Biases and norms
@@ -45,7 +45,10 @@ def sparsify(
         loss: `loss(model, batch) -> scalar` for those; by default the cross-entropy of a batch (x, y).
         total_steps: optimizer steps of the whole run; schedules given as fractions need it.
         seed: of all random choices; the same seed gives the same masks on every device and rank.
-        storage: "masked": dense parameters that are exactly zero outside a boolean mask.
+        storage: "masked" (default): dense parameters that are exactly zero outside a boolean mask. "compressed": Linear and
+            Conv2d layers become `rarefy.nn` layers in their place, which hold and train their kept values and nothing
+            else; `finalize()` brings the dense ones back. Unstructured and fan-in patterns; give the optimizer here, for
+            it gets the new parameters. Layers that are sparse before keep their own first topology.
         state: a `Sparsifier.state_dict()` to continue from. The model and optimizer already hold what was saved with it; no
             mask is drawn and no weight changes.
         method_options: options of the method, see `rarefy methods NAME`.

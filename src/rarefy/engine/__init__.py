@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rarefy.engine.compressed import CompressedLayer
 from rarefy.engine.events import Cost, Event
 from rarefy.engine.layer import Change, Layer
 from rarefy.engine.masked import MaskedLayer
@@ -12,6 +13,7 @@ from rarefy.engine.summary import Row, Summary
 
 __all__ = [
     "Change",
+    "CompressedLayer",
     "Cost",
     "Event",
     "Layer",

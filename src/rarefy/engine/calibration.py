@@ -34,6 +34,12 @@ def gradients(sparse: Sparsifier) -> dict[str, Tensor]:
     Weights, buffers (batch-norm statistics too), `.grad`, training mode and the random state stay as they were.
     """
     loss = sparse.loss or cross_entropy
+    for name, layer in sparse.layers.items():
+        if layer.given:
+            raise OptionError(
+                f"{name} {list(layer.shape)}: {sparse.method.name} looks at the gradient of every weight, and this layer is "
+                f"sparse from the start; exclude={layer.target.module_name!r}."
+            )
     weights = {name: layer.target.parameter for name, layer in sparse.layers.items()}
     total = {n: torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for n, w in weights.items()}
     buffers = {name: buffer.clone() for name, buffer in sparse.model.named_buffers()}

@@ -7,7 +7,9 @@ So the same method runs on masked storage and on any other storage that implemen
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -36,8 +38,13 @@ class Layer(ABC):
         self.pattern = pattern
         self._optimizers = optimizers
         self.shape = target.shape
-        self.numel = target.parameter.numel()
+        self.numel = math.prod(self.shape)
         self.groups, self.units_per_group = pattern.units(self.shape)
+
+    @classmethod
+    @abstractmethod
+    def check(cls, model: nn.Module, targets: Sequence[Target], pattern: Pattern, optimizers: Optimizers) -> None:
+        """Raise where this storage cannot hold these weights; changes nothing."""
 
     # --- what it is -------------------------------------------------------------------------------------------------
 
@@ -53,6 +60,11 @@ class Layer(ABC):
     @abstractmethod
     def nnz(self) -> int:
         """Number of kept weights."""
+
+    @property
+    def given(self) -> bool:
+        """Whether the weight was sparse before: its first topology and its scale are not the method's to choose."""
+        return False
 
     @property
     def density(self) -> float:
@@ -78,6 +90,10 @@ class Layer(ABC):
     @abstractmethod
     def counts(self, chosen: Tensor | None = None) -> Tensor:
         """Return how many units each group keeps, or has among the chosen ones; int64 [groups]."""
+
+    @abstractmethod
+    def kept_per_output(self) -> Tensor:
+        """Return how many weights each output unit (dimension 0) keeps; int64 [shape[0]]."""
 
     @abstractmethod
     def explored(self) -> int:
@@ -125,12 +141,20 @@ class Layer(ABC):
     # --- called by the engine ---------------------------------------------------------------------------------------
 
     @abstractmethod
+    def share(self) -> None:
+        """Keep what rank 0 keeps."""
+
+    @abstractmethod
     def attach(self) -> None:
         """Begin to manage the weight: zero what is not kept, watch its gradients and its loading. Cannot fail."""
 
     @abstractmethod
     def detach(self) -> None:
         """Stop managing the weight and leave it as it is."""
+
+    def restore(self) -> None:
+        """Give the module its dense weight back, where this storage had taken it; called once detached."""
+        return
 
     @abstractmethod
     def after_load(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from rarefy import kernels
-from rarefy.engine.distributed import active, average, on_any_rank
+from rarefy.engine.distributed import active, average, from_first_rank, on_any_rank
 from rarefy.engine.layer import Change, Layer
 from rarefy.engine.loading import AfterLoad
 from rarefy.engine.optimizer_state import Optimizers
 from rarefy.engine.selection import Target
-from rarefy.errors import OptionError, RarefyError, StateError
+from rarefy.errors import OptionError, RarefyError, SelectionError, StateError
 from rarefy.kernels.sampling import sample
+from rarefy.nn import SparseModule
 from rarefy.patterns import Pattern
 
 
@@ -48,6 +49,15 @@ class MaskedLayer(Layer):
         # What load_state_dict brought, until the next step, and the weight's version once it was masked.
         self._loaded: tuple[Tensor, int] | None = None
 
+    @classmethod
+    def check(cls, model: nn.Module, targets: Sequence[Target], pattern: Pattern, optimizers: Optimizers) -> None:
+        for target in targets:
+            if isinstance(target.module, SparseModule):
+                raise SelectionError(
+                    f"{target.name} {list(target.shape)} has kept weights only and no dense one to mask: use "
+                    f'storage="compressed", or exclude={target.module_name!r}.'
+                )
+
     # --- what it holds ----------------------------------------------------------------------------------------------
 
     @property
@@ -67,6 +77,9 @@ class MaskedLayer(Layer):
 
     def counts(self, chosen: Tensor | None = None) -> Tensor:
         return (self._kept_units() if chosen is None else chosen).sum(dim=1)
+
+    def kept_per_output(self) -> Tensor:
+        return self._mask.flatten(1).sum(dim=1)
 
     def explored(self) -> int:
         return self._nnz if self._ever is None else int(self._ever.sum())
@@ -150,6 +163,11 @@ class MaskedLayer(Layer):
         weight.mul_(factors.to(weight).view(-1, *[1] * (weight.ndim - 1)))
 
     # --- the life of the weight -------------------------------------------------------------------------------------
+
+    def share(self) -> None:
+        shared = from_first_rank(self._mask)
+        if not torch.equal(self._mask, shared):
+            self.keep(shared)
 
     @torch.no_grad()
     def attach(self) -> None:

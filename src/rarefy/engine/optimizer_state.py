@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +45,41 @@ class Optimizers:
             for key, value in optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
                     value.masked_fill_(where.to(value.device), fresh_value(optimizer, group, key))
+
+    @torch.no_grad()
+    def exchange(self, old: nn.Parameter, new: nn.Parameter, convert: Callable[[Tensor, float], Tensor]) -> None:
+        """Put `new` in the place of `old`, with `convert(state tensor, fresh value)` of every per-element state tensor.
+
+        State that is neither per element nor one number (row and column sums, histories) starts afresh.
+        """
+        for optimizer, group in list(self._groups(old)):
+            params = group["params"]
+            params[[p is old for p in params].index(True)] = new
+            state, mine = optimizer.state.pop(old, {}), {}
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.shape == old.shape:
+                    mine[key] = convert(value, fresh_value(optimizer, group, key))
+                elif not isinstance(value, list | tuple) and (
+                    not isinstance(value, Tensor) or value.numel() == 1 or value.shape == new.shape
+                ):
+                    mine[key] = value
+            if len(mine) == len(state) > 0:
+                optimizer.state[new] = mine
+            if hasattr(optimizer, "_numel_cache"):  # L-BFGS
+                optimizer._numel_cache = None
+
+    @torch.no_grad()
+    def follow(self, parameter: nn.Parameter, old: int, change: Callable[[Tensor, float], Tensor]) -> None:
+        """Give every state tensor of the `old` number of elements the content `change(tensor, fresh value)`."""
+        for optimizer, group in self._groups(parameter):
+            state = optimizer.state.get(parameter, {})
+            for key, value in state.items():
+                if isinstance(value, Tensor) and tuple(value.shape) == (old,):
+                    new = change(value, fresh_value(optimizer, group, key))
+                    if new.shape == value.shape:
+                        value.copy_(new)
+                    else:
+                        state[key] = new
 
     def _groups(self, parameter: nn.Parameter) -> Iterator[tuple[Optimizer, dict[str, Any]]]:
         for optimizer in self.all:

@@ -12,6 +12,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from rarefy.errors import PatternError, SelectionError, nearest
+from rarefy.nn import SparseModule
 from rarefy.patterns import Pattern
 
 Selector = str | re.Pattern[str] | type[nn.Module] | Callable[[str, nn.Module], bool]
@@ -35,13 +36,17 @@ class Target:
 
     @property
     def parameter(self) -> nn.Parameter:
-        parameter = getattr(self.module, self.attribute)
+        """The tensor that is trained: the dense weight, or the kept values of one that has nothing else."""
+        parameter = (
+            self.module.values if isinstance(self.module, SparseModule) else getattr(self.module, self.attribute)
+        )
         assert isinstance(parameter, nn.Parameter)
         return parameter
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(self.parameter.shape)
+        """The shape of the dense weight, whether it exists or not."""
+        return self.module.weight_shape if isinstance(self.module, SparseModule) else tuple(self.parameter.shape)
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,9 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def weight_attributes(module: nn.Module) -> list[str]:
     """Return the names of a module's own weight matrices that can be made sparse (never biases or norms)."""
-    if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Embedding | nn.EmbeddingBag):
+    if isinstance(
+        module, SparseModule | nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Embedding | nn.EmbeddingBag
+    ):
         return ["weight"]
     if isinstance(module, nn.MultiheadAttention):
         names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -85,6 +92,8 @@ def list_weights(model: nn.Module) -> tuple[list[Target], list[LeftOut]]:
         # A parametrized weight is computed, not stored: its original is a parameter of another module.
         supported = [a for a in weight_attributes(module) if not parametrize.is_parametrized(module, a)]
         for attribute, parameter in module.named_parameters(recurse=False):
+            if isinstance(module, SparseModule) and attribute == "values":
+                attribute = "weight"  # one name for a layer in every storage
             name = f"{module_name}.{attribute}" if module_name else attribute
             if id(parameter) in found:
                 first = found[id(parameter)]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from rarefy.engine.distributed import from_first_rank
+from rarefy.engine.compressed import CompressedLayer
 from rarefy.engine.events import Cost, Event
 from rarefy.engine.layer import Change, Layer
 from rarefy.engine.loading import AfterLoad
@@ -23,9 +23,10 @@ from rarefy.engine.state import FORMAT, check_plain_parts, plain
 from rarefy.engine.summary import Row, Summary
 from rarefy.errors import OptionError, SelectionError, StateError, nearest
 from rarefy.metrics.flops import flops
+from rarefy.nn import SparseModule
 from rarefy.patterns import Pattern, parse_pattern
 
-STORAGES = {"masked": MaskedLayer}
+STORAGES: dict[str, type[MaskedLayer] | type[CompressedLayer]] = {"masked": MaskedLayer, "compressed": CompressedLayer}
 Loss = Callable[[nn.Module, Any], Tensor]
 
 
@@ -87,6 +88,7 @@ class Sparsifier:
         check_fit(pattern, targets)
         _check_free(targets)
         make = STORAGES[storage]
+        make.check(model, targets, pattern, self._optimizers)
         self.layers: dict[str, Layer] = {
             t.name: make(t, pattern, self._optimizers, on_change=self._changed, on_load=self._loaded) for t in targets
         }
@@ -94,7 +96,8 @@ class Sparsifier:
         method.check(self)
         if state is None:
             method.choose(self)
-            self._share_masks()
+            for layer in self.layers.values():
+                layer.share()
             self._attach()
             with torch.no_grad():
                 method.initialise(self)
@@ -133,6 +136,10 @@ class Sparsifier:
         """Return a bool copy of every mask by parameter name; True = kept."""
         return {name: layer.mask() for name, layer in self.layers.items()}
 
+    def _dense_masks(self) -> dict[str, Tensor]:
+        """The masks of weights that are dense tensors; compressed ones are counted as they are."""
+        return {n: layer.mask() for n, layer in self.layers.items() if not isinstance(layer.module, SparseModule)}
+
     def magnitudes(self) -> dict[str, Tensor]:
         """Return |w| of every layer, weight-shaped."""
         return {name: layer.weight().abs() for name, layer in self.layers.items()}
@@ -147,7 +154,7 @@ class Sparsifier:
 
     def summary(self, example_input: Any = None) -> Summary:
         """Return a table of the layers; with an example input, also of their FLOPs (one forward pass is run)."""
-        report = None if example_input is None else flops(self.model, example_input, self.masks())
+        report = None if example_input is None else flops(self.model, example_input, self._dense_masks())
         rows = []
         for name, layer in self.layers.items():
             dense, kept = report.layers.get(name, (None, None)) if report is not None else (None, None)
@@ -225,13 +232,6 @@ class Sparsifier:
 
     # --- attaching and leaving --------------------------------------------------------------------------------------
 
-    def _share_masks(self) -> None:
-        for layer in self.layers.values():
-            mask = layer.mask()
-            shared = from_first_rank(mask)
-            if not torch.equal(mask, shared):
-                layer.keep(shared)
-
     def _attach(self) -> None:
         for optimizer in self._optimizers.all:
             self._handles.append(optimizer.register_step_post_hook(self._after_optimizer_step))
@@ -249,12 +249,19 @@ class Sparsifier:
         self._handles.clear()
         self._attached = False
 
-    def finalize(self) -> nn.Module:
-        """Make every dropped weight exactly zero, stop managing the model, and return it: plain again."""
+    def finalize(self, *, compressed: bool = False) -> nn.Module:
+        """Make every dropped weight exactly zero, stop managing the model, and return it: plain again.
+
+        With compressed storage the dense layers come back, their parameters and state in the optimizers too;
+        `compressed=True` leaves the sparse layers in their place. Layers that were sparse before stay so in any case.
+        """
         if self._attached:
             for layer in self.layers.values():
                 layer.enforce()
             self.detach()
+            if not compressed:
+                for layer in self.layers.values():
+                    layer.restore()
         return self.model
 
     # --- loading dense weights --------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from rarefy.errors import OptionError
 from rarefy.kernels import reference
 from rarefy.kernels.native import native, threads
 from rarefy.kernels.plans import PlanCache
+from rarefy.kernels.watch import watched
 
 _NATIVE = (torch.float32, torch.bfloat16, torch.float16)
 _FEW = 32  # columns up to which the kernels pack another way
@@ -355,7 +356,8 @@ for _name, _cpu, _fake, _save, _backward in (
     ("sparse_conv2d_input_gradient", _conv_input_cpu, _conv_input_fake, _save_conv_input, _conv_input_backward),
     ("sparse_conv2d_values_gradient", _conv_values_cpu, _values_fake, _save_values, _conv_values_backward),
 ):
-    _library.impl(_name, _cpu, "CPU")
-    _library.impl(_name, getattr(reference, _name), "CUDA")
+    _seen = watched if _name.endswith("values_gradient") else lambda run: run
+    _library.impl(_name, _seen(_cpu), "CPU")
+    _library.impl(_name, _seen(getattr(reference, _name)), "CUDA")
     torch.library.register_fake(f"rarefy::{_name}", _fake, lib=_library)
     torch.library.register_autograd(f"rarefy::{_name}", _backward, setup_context=_save, lib=_library)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -12,12 +13,19 @@ from torch.multiprocessing.reductions import StorageWeakRef
 MOST = 1024  # layers times the shapes they are used with
 
 
+class _Entry(NamedTuple):
+    versions: tuple[int, int]
+    storages: tuple[StorageWeakRef, StorageWeakRef]
+    plan: Any
+
+
 class PlanCache:
     """Plans by the memory that holds `crow` and `col`: a change in place, or memory that was freed, makes a plan invalid."""
 
     def __init__(self, most: int = MOST) -> None:
         self._most = most
-        self._plans: OrderedDict[Hashable, tuple[tuple[StorageWeakRef, ...], Any]] = OrderedDict()
+        self._plans: OrderedDict[tuple[Hashable, Hashable], _Entry] = OrderedDict()
+        atexit.register(self._plans.clear)  # before the native module goes
 
     def __len__(self) -> int:
         return len(self._plans)
@@ -26,21 +34,30 @@ class PlanCache:
         """Return the plan for this topology and use, made by `make` when there is none."""
         if crow.is_inference() or col.is_inference():  # these do not count their changes
             return make()
-        place = tuple((t.data_ptr(), t.numel(), t._version) for t in (crow, col))
-        key = (place, use)
-        found = self._plans.get(key)
-        if found is not None and not any(storage.expired() for storage in found[0]):
-            self._plans.move_to_end(key)
-            return found[1]
+        place = tuple((t.data_ptr(), t.numel()) for t in (crow, col))
+        versions = (crow._version, col._version)
+        found = self._plans.get((place, use))
+        if found is not None and found.versions == versions and not _expired(found):
+            self._plans.move_to_end((place, use))
+            return found.plan
+        self._drop_dead(place, versions)
         plan = make()
-        self._drop_dead()
-        self._plans[key] = (tuple(StorageWeakRef(t.untyped_storage()) for t in (crow, col)), plan)
+        storages = (StorageWeakRef(crow.untyped_storage()), StorageWeakRef(col.untyped_storage()))
+        self._plans[place, use] = _Entry(versions, storages, plan)
         while len(self._plans) > self._most:
             self._plans.popitem(last=False)
         return plan
 
-    def _drop_dead(self) -> None:
-        """Forget plans whose topology is gone, or was changed in place since."""
-        dead = [key for key, (storages, _) in self._plans.items() if any(s.expired() for s in storages)]
+    def _drop_dead(self, place: Hashable, versions: tuple[int, int]) -> None:
+        """Forget plans whose topology is gone, and those of this one before it was changed in place."""
+        dead = [
+            key
+            for key, entry in self._plans.items()
+            if _expired(entry) or (key[0] == place and entry.versions != versions)
+        ]
         for key in dead:
             del self._plans[key]
+
+
+def _expired(entry: _Entry) -> bool:
+    return any(storage.expired() for storage in entry.storages)

@@ -51,16 +51,17 @@ class Static(Method):
     def choose(self, sparse: Sparsifier) -> None:
         for name, counts in share(sparse.layers, self.sparsity, self.allocation, sparse.magnitudes).items():
             layer = sparse.layers[name]
-            layer.rewire(layer.random(counts, sparse.generator))
+            if not layer.given:
+                layer.rewire(layer.random(counts, sparse.generator))
 
     def initialise(self, sparse: Sparsifier) -> None:
         if self.init == "fan-in":
             for layer in sparse.layers.values():
-                if not isinstance(layer.module, nn.Embedding | nn.EmbeddingBag):
+                if not layer.given and not isinstance(layer.module, nn.Embedding | nn.EmbeddingBag):
                     layer.scale_outputs(fan_in_gain(layer))
 
 
 def fan_in_gain(layer: Layer) -> torch.Tensor:
     """Return sqrt(fan-in / kept fan-in) of every output unit; 1 where nothing is kept. Float [outputs]."""
-    kept = layer.mask().flatten(1).sum(dim=1)
+    kept = layer.kept_per_output()
     return torch.where(kept > 0, (layer.numel / layer.shape[0] / kept.clamp(min=1)).sqrt(), 1.0)

@@ -102,6 +102,15 @@ class Tally:
         sparse = uses * self.weights.nonzero(weight) if weight and weight.masked else dense
         self.count(weight.source.name if weight else f"{self.where}:convolution", dense, sparse)
 
+    def compressed(self, values: torch.Tensor, crow: torch.Tensor, out: torch.Tensor, cols: int) -> None:
+        """Count a layer that holds kept values only, under its dense weight's name."""
+        weight = self.weights.find(values)
+        name = weight.source.name.removesuffix("values") + "weight" if weight else f"{self.where}:compressed"
+        rows = crow.shape[0] - 1
+        uses = out.numel() // rows
+        self.weights.sizes[name] = rows * cols
+        self.count(name, uses * rows * cols, uses * values.numel())
+
     def attention(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         products = attention_products(tuple(query.shape), tuple(key.shape), tuple(value.shape))
         self.count(f"{self.where}:attention", products, products)
@@ -173,7 +182,10 @@ class OpMode(TorchDispatchMode):
         tally = self.tally
         if tally.quiet:
             return out
-        if not counted:
+        if func.namespace == "rarefy" and op in ("sparse_linear", "sparse_conv2d"):
+            cols = args[0].shape[-1] if op == "sparse_linear" else prod(args[5][1:])
+            tally.compressed(args[1], args[2], out, cols)
+        elif not counted:
             tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
             tally.other(op if aten else f"{func.namespace}.{op}", tensors, out)
         elif op in MATMULS:

@@ -1,0 +1,328 @@
+"""Compressed storage: only the kept values and their indices exist, in the parameter, its gradient and the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from rarefy import kernels
+from rarefy.engine import conversion
+from rarefy.engine.dense_gradient import BLOCK, DenseGradient
+from rarefy.engine.distributed import active, from_first_rank
+from rarefy.engine.layer import Change, Layer
+from rarefy.engine.loading import AfterLoad
+from rarefy.engine.optimizer_state import Optimizers
+from rarefy.engine.selection import Target
+from rarefy.errors import OptionError, RarefyError, StateError
+from rarefy.kernels.sampling import sample
+from rarefy.nn import SparseModule
+from rarefy.nn.topology import Move, compress, flat_positions, problem, union
+from rarefy.patterns import Pattern
+
+
+class CompressedLayer(Layer):
+    """A layer that becomes a `rarefy.nn.SparseModule` in its place; that module's indices are the one truth of what it keeps.
+
+    Choices are the chosen weights' flat positions, int64, ascending. Patterns: unstructured and fan-in.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        pattern: Pattern,
+        optimizers: Optimizers,
+        *,
+        on_change: Callable[[Layer, Change], None],
+        on_load: Callable[[Layer, int], None],
+    ) -> None:
+        super().__init__(target, pattern, optimizers)
+        self._given = isinstance(target.module, SparseModule)
+        self._chosen: Tensor | None = None  # what the weight is to keep, while it is not attached
+        self._ever: Tensor | None = None  # union of all kept positions, made when they first change
+        self._known = 0  # kept values when last looked at
+        self._on_change = on_change
+        self._attached = False
+        self._handles: list[RemovableHandle] = []
+        self._gradient = DenseGradient()
+
+    @classmethod
+    def check(cls, model: nn.Module, targets: Sequence[Target], pattern: Pattern, optimizers: Optimizers) -> None:
+        conversion.check(model, targets, pattern, optimizers)
+
+    # --- what it holds ----------------------------------------------------------------------------------------------
+
+    @property
+    def given(self) -> bool:
+        return self._given
+
+    @property
+    def _sparse(self) -> SparseModule:
+        assert isinstance(self.module, SparseModule)
+        return self.module
+
+    @property
+    def nnz(self) -> int:
+        if self._chosen is not None:
+            return self._chosen.numel()
+        return self.module.nnz if isinstance(self.module, SparseModule) else self.numel
+
+    def _kept(self) -> Tensor:
+        """Return the ascending flat positions of the kept weights."""
+        device = self.target.parameter.device
+        if self._chosen is not None:
+            return self._chosen.to(device)
+        if isinstance(self.module, SparseModule):
+            return self.module.positions()
+        return torch.arange(self.numel, device=device)
+
+    def _values(self) -> Tensor:
+        """Return the kept weights in the order of their positions, detached."""
+        parameter = self.target.parameter.detach()
+        if not isinstance(self.module, SparseModule):
+            return parameter.reshape(-1)[self._kept()]
+        return parameter if self._chosen is None else Move(self.module.positions(), self._kept()).carry(parameter)
+
+    def mask(self) -> Tensor:
+        flat = torch.zeros(self.numel, dtype=torch.bool, device=self.target.parameter.device)
+        flat[self._kept()] = True
+        return flat.view(self.shape)
+
+    def weight(self) -> Tensor:
+        if not isinstance(self.module, SparseModule) and self._chosen is None:
+            return self.target.parameter.detach()
+        flat = self._values().new_zeros(self.numel)
+        flat[self._kept()] = self._values()
+        return flat.view(self.shape)
+
+    def counts(self, chosen: Tensor | None = None) -> Tensor:
+        if self.groups == 1:
+            return torch.tensor([self.nnz if chosen is None else chosen.numel()])
+        kept = self._kept() if chosen is None else chosen
+        return torch.bincount(kept // self.units_per_group, minlength=self.groups)
+
+    def kept_per_output(self) -> Tensor:
+        return torch.bincount(self._kept() // (self.numel // self.shape[0]), minlength=self.shape[0])
+
+    def explored(self) -> int:
+        return self.nnz if self._ever is None else self._ever.numel()
+
+    # --- choosing ---------------------------------------------------------------------------------------------------
+
+    def best(self, scores: Tensor, counts: Tensor) -> Tensor:
+        return self._select(self.pattern.pool(scores), counts).reshape(-1).nonzero().squeeze(1)
+
+    def largest_magnitudes(self, counts: Tensor | int) -> Tensor:
+        kept, scores = self._kept(), self._values().abs()
+        if isinstance(counts, int) or self.groups == 1:
+            return kept[self._select(scores, int(counts))]
+        group = kept // self.units_per_group
+        lengths = torch.bincount(group, minlength=self.groups)
+        slot = torch.arange(kept.numel(), device=kept.device) - (lengths.cumsum(0) - lengths)[group]
+        table = scores.new_full((self.groups, int(lengths.max())), -1)
+        table[group, slot] = scores
+        return kept[self._select(table, counts)[group, slot]]
+
+    def largest_gradients(self, counts: Tensor, *, besides: Tensor) -> Tensor:
+        if not self._gradient.factors and not active():
+            raise RarefyError(f"{self.name} {list(self.shape)}: no dense gradient was collected for this step.")
+        try:
+            if self.groups == 1:
+                return self._gradient.largest(self._sparse, int(counts), besides)
+            return self._gradient.largest_in_rows(self._sparse, counts, besides)
+        except OptionError as error:
+            raise self._diverged(error) from error
+
+    def random(self, counts: Tensor, generator: torch.Generator, *, besides: Tensor | None = None) -> Tensor:
+        device = self.target.parameter.device
+        if self.groups > 1:
+            return self._random_in_groups(counts, generator, besides)
+        if besides is None:
+            return sample(self.numel, int(counts), generator).to(device).sort().values
+        ranks = sample(self.numel - besides.numel(), int(counts), generator).to(device).sort().values
+        # the r-th absent position lies behind all present ones that have r or fewer absent ones before them
+        absent_before = besides - torch.arange(besides.numel(), device=besides.device)
+        return ranks + torch.searchsorted(absent_before, ranks, right=True)
+
+    def _random_in_groups(self, counts: Tensor, generator: torch.Generator, besides: Tensor | None) -> Tensor:
+        """Rank random scores within the groups, a few groups at a time."""
+        size, device, found = self.units_per_group, self.target.parameter.device, []
+        step = max(1, BLOCK // size)
+        for first in range(0, self.groups, step):
+            last = min(first + step, self.groups)
+            scores = torch.rand((last - first, size), generator=generator).to(device)
+            if besides is not None:
+                inside = besides[(besides >= first * size) & (besides < last * size)]
+                scores.view(-1)[inside - first * size] = -1
+            chosen = self._select(scores, counts[first:last])
+            found.append(chosen.reshape(-1).nonzero().squeeze(1) + first * size)
+        return torch.cat(found)
+
+    def _select(self, scores: Tensor, counts: Tensor | int) -> Tensor:
+        try:
+            return kernels.select_k(scores, counts)
+        except OptionError as error:  # NaN: training has diverged
+            raise self._diverged(error) from error
+
+    def _diverged(self, error: OptionError) -> OptionError:
+        return OptionError(f"{self.name} {list(self.shape)}: {error}; try a lower learning rate")
+
+    # --- changing ---------------------------------------------------------------------------------------------------
+
+    def rewire(self, *chosen: Tensor) -> Change:
+        return self._keep(union(*chosen))
+
+    def keep(self, mask: Tensor) -> Change:
+        if tuple(mask.shape) != self.shape or mask.dtype != torch.bool:
+            raise StateError(
+                f"{self.name}: a mask must be bool {list(self.shape)}, not {mask.dtype} {list(mask.shape)}."
+            )
+        return self._keep(mask.reshape(-1).nonzero().squeeze(1).to(self.target.parameter.device))
+
+    @torch.no_grad()
+    def _keep(self, new: Tensor) -> Change:
+        if self._attached:
+            old = self._kept()
+            move = self._sparse.rewire_(new)
+            self._optimizers.follow(self._sparse.values, old.numel(), move.carry)
+            self._ever = union(old if self._ever is None else self._ever.to(new.device), new)
+            self._known = new.numel()
+        elif self.nnz < self.numel:
+            move = Move(self._kept(), new)
+            self._chosen = new
+        else:  # all were kept
+            self._chosen = new
+            change = Change(self.numel - new.numel(), 0)
+            self._on_change(self, change)
+            return change
+        change = Change(move.dropped, move.grown)
+        self._on_change(self, change)
+        return change
+
+    @torch.no_grad()
+    def scale_outputs(self, factors: Tensor) -> None:
+        self._sparse.values.mul_(factors.to(self._sparse.values)[self._sparse.row_indices()])
+
+    # --- the life of the weight -------------------------------------------------------------------------------------
+
+    def share(self) -> None:
+        if not active():
+            return
+        mine = self._kept()
+        count = from_first_rank(torch.tensor(mine.numel(), device=mine.device))
+        shared = from_first_rank(mine if mine.numel() == int(count) else mine.new_zeros(int(count)))
+        if not torch.equal(mine, shared):
+            self._keep(shared)
+
+    @torch.no_grad()
+    def attach(self) -> None:
+        if not isinstance(self.module, SparseModule):
+            conversion.compress(self.module, self._chosen, self._optimizers)
+        elif self._chosen is not None:
+            move = self.module.rewire_(self._chosen)
+            self._optimizers.follow(self.module.values, move.dropped + move.staying, move.carry)
+        self._chosen, self._attached, self._known = None, True, self._sparse.nnz
+        self._handles.append(self.module.register_load_state_dict_post_hook(AfterLoad(self)))
+        self._hook_parameter()
+
+    def detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._attached = False
+        self._gradient.watch(None)
+
+    def restore(self) -> None:
+        if not self._given and isinstance(self.module, SparseModule):
+            self._chosen = self._kept()
+            conversion.decompress(self.module, self._optimizers)
+
+    def enforce(self) -> None:
+        if self._attached:  # nothing but what is kept exists
+            self._hook_parameter()
+
+    def after_step(self) -> None:
+        self.enforce()
+        self._gradient.close()
+
+    def _hook_parameter(self) -> None:
+        """Watch the parameter that the module holds now: it may have been replaced or unfrozen at any time."""
+        parameter = self._sparse.values
+        hooks = parameter._post_accumulate_grad_hooks
+        if parameter.requires_grad and not (hooks and any(hook == self._after_backward for hook in hooks.values())):
+            self._handles.append(parameter.register_post_accumulate_grad_hook(self._after_backward))
+
+    @torch.no_grad()
+    def _after_backward(self, parameter: Tensor) -> None:
+        if parameter is self._sparse.values:
+            self._gradient.commit(self._sparse.values)
+
+    def watch_gradient(self, wanted: bool) -> None:
+        self._gradient.watch(self._sparse if wanted else None)
+
+    @property
+    def has_gradient(self) -> bool:
+        return self._gradient.usable(self.target.parameter.device)
+
+    @torch.no_grad()
+    def after_load(self) -> None:
+        """Fit optimizer state to what was loaded, where its number of weights is another one and none was loaded with it."""
+        self._fit_optimizers()
+        self._hook_parameter()
+
+    def _fit_optimizers(self) -> None:
+        new = self._sparse.nnz
+        if new != self._known:
+            self._optimizers.follow(self._sparse.values, self._known, lambda t, fresh: t.new_full((new,), fresh))
+        self._known = new
+
+    # --- saving -----------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, object]:
+        crow, col = compress(self._kept().cpu(), *self._flat_shape())
+        return {
+            "shape": list(self.shape),
+            "pattern": str(self.pattern),
+            "crow": crow,
+            "col": col,
+            "explored": None if self._ever is None else self._ever.cpu(),
+        }
+
+    def _flat_shape(self) -> tuple[int, int]:
+        return self.shape[0], self.numel // self.shape[0]
+
+    def check_state(self, state: object) -> None:
+        if isinstance(state, dict) and "mask" in state:
+            raise StateError(f'{self.name}: the state was saved with storage="masked"; this one is compressed.')
+        if not isinstance(state, dict) or not {"shape", "pattern", "crow", "col", "explored"} <= state.keys():
+            raise StateError(f"{self.name}: the saved state of this layer is incomplete.")
+        for key, mine in (("shape", list(self.shape)), ("pattern", str(self.pattern))):
+            if state[key] != mine:
+                raise StateError(f"{self.name}: the saved {key} is {state[key]!r}, this model's is {mine!r}.")
+        crow, col, ever = state["crow"], state["col"], state["explored"]
+        if not isinstance(crow, Tensor) or not isinstance(col, Tensor):
+            raise StateError(f"{self.name}: the saved indices are not tensors.")
+        if wrong := problem(col, crow, col, *self._flat_shape()):
+            raise StateError(f"{self.name} {list(self.shape)}: the saved indices are damaged: {wrong}.")
+        if ever is not None and not self._are_positions(ever):
+            raise StateError(f"{self.name} {list(self.shape)}: the saved explored is not a list of its positions.")
+
+    def _are_positions(self, ever: Any) -> bool:
+        if not isinstance(ever, Tensor) or ever.dtype != torch.int64 or ever.dim() != 1 or not ever.numel():
+            return False
+        return int(ever[0]) >= 0 and int(ever[-1]) < self.numel and bool((ever.diff() > 0).all())
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        device = self.target.parameter.device
+        saved = flat_positions(state["crow"], state["col"], self._flat_shape()[1]).to(device)
+        if not self._attached:
+            self._chosen = saved
+        elif not torch.equal(saved, self._kept()):  # the weights and the optimizer's state come before or after this
+            self._sparse.rewire_(saved)
+            self._fit_optimizers()
+        ever = state["explored"]
+        self._ever = None if ever is None else ever.to(device)

@@ -1,0 +1,135 @@
+"""The largest entries of a dense gradient that is never held: only its factors are, and it is made a few rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
+
+from rarefy import kernels
+from rarefy.engine.distributed import active, average, on_any_rank
+from rarefy.kernels.watch import watch
+from rarefy.nn import SparseModule
+
+BLOCK = 1 << 22  # entries of the gradient that exist at once
+_Factors = tuple[Tensor, Tensor, tuple[Any, ...]]  # x, dy and a convolution's geometry
+
+
+class DenseGradient:
+    """The factors (x, dy) of one optimizer step's dense gradient, of all its backward passes, as `.grad` sums them.
+
+    The operator tells what each pass multiplies; the sum takes that in once the pass has been accumulated, so that
+    `torch.autograd.grad` leaves no trace. It begins anew when `.grad` was dropped or zeroed.
+    """
+
+    def __init__(self) -> None:
+        self._module: SparseModule | None = None
+        self._end: Any = None
+        self._seen: list[_Factors] = []
+        self._anew = False
+        self._left_zero = False
+        self.factors: list[_Factors] = []
+
+    def watch(self, module: SparseModule | None) -> None:
+        """Begin a new sum; None: forget it."""
+        self.close()
+        self.factors, self._left_zero = [], False
+        if module is not None and module.values.requires_grad:
+            self._module = module
+            self._end = watch(module.crow, self._see)
+
+    def close(self) -> None:
+        """Take in nothing more."""
+        if self._end is not None:
+            self._end()
+        self._end, self._module, self._seen = None, None, []
+
+    def _see(self, x: Tensor, dy: Tensor, *geometry: Any) -> None:
+        if self._module is None:
+            return
+        if not self._seen:
+            old = self._module.values.grad
+            self._anew = old is None or (not self._left_zero and not bool(old.any()))
+        # copies: the caller may use the memory again before the optimizer steps
+        self._seen.append((x.detach().clone(), dy.detach().clone(), geometry))
+
+    def commit(self, parameter: nn.Parameter) -> None:
+        """Take in the pass that was seen last, now that it is part of `parameter.grad`."""
+        if self._seen:
+            self.factors = self._seen if self._anew else self.factors + self._seen
+            self._seen = []
+        if self._end is not None:
+            self._left_zero = parameter.grad is not None and not bool(parameter.grad.any())
+
+    def usable(self, device: torch.device) -> bool:
+        """Whether a finite gradient was collected, on any rank; every rank must ask."""
+        found = self.factors
+        overflow = on_any_rank(any(not bool(t.isfinite().all()) for x, dy, _ in found for t in (x, dy)), device)
+        return on_any_rank(bool(found), device) and not overflow
+
+    def largest(self, module: SparseModule, count: int, besides: Tensor) -> Tensor:
+        """Return the ascending flat positions of the `count` largest |entries| outside `besides`; ties: the lowest."""
+        device, cols = module.values.device, module.cols
+        scores = torch.empty(0, dtype=module.values.dtype, device=device)
+        places = torch.empty(0, dtype=torch.int64, device=device)
+        least = -0.5
+        for first, block in self._blocks(module, besides):
+            found = (block.reshape(-1) > least).nonzero().squeeze(1)
+            scores = torch.cat([scores, block.reshape(-1)[found]])
+            places = torch.cat([places, found + first * cols])
+            if scores.numel() > count:
+                chosen = kernels.select_k(scores, count)
+                scores, places = scores[chosen], places[chosen]
+            if scores.numel() == count:  # what comes later must be larger: ties go to the lowest position
+                least = float(scores.min()) if count else float("inf")
+        return places
+
+    def largest_in_rows(self, module: SparseModule, counts: Tensor, besides: Tensor) -> Tensor:
+        """As `largest`, with one count for each row."""
+        found = []
+        for first, block in self._blocks(module, besides):
+            chosen = kernels.select_k(block, counts[first : first + block.shape[0]])
+            found.append(chosen.reshape(-1).nonzero().squeeze(1) + first * module.cols)
+        return torch.cat(found)
+
+    def _blocks(self, module: SparseModule, besides: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Yield blocks of rows of |gradient| with their first row; -1 in `besides`."""
+        cols = module.cols
+        for low, high in _row_blocks(module):
+            block = torch.zeros(high - low, cols, dtype=module.values.dtype, device=module.values.device)
+            for x, dy, geometry in self.factors:
+                block += _rows(x, dy, geometry, low, high)
+            block = (average(block) if active() else block).abs_()
+            ends = torch.tensor([low * cols, high * cols], device=besides.device)
+            start, stop = torch.searchsorted(besides, ends).tolist()
+            block.view(-1)[besides[start:stop] - low * cols] = -1
+            yield low, block
+
+
+def _row_blocks(module: SparseModule) -> list[tuple[int, int]]:
+    """Cut the rows into blocks; one that is not the whole weight stays within a group of a convolution."""
+    rows, step = module.rows, max(1, BLOCK // module.cols)
+    if rows <= step:
+        return [(0, rows)]
+    size = rows // int(getattr(module, "groups", 1))
+    return [
+        (low, min(low + step, start + size))
+        for start in range(0, rows, size)
+        for low in range(start, start + size, step)
+    ]
+
+
+def _rows(x: Tensor, dy: Tensor, geometry: tuple[Any, ...], low: int, high: int) -> Tensor:
+    """Return rows [low, high) of the dense weight's gradient."""
+    if not geometry:
+        return dy[:, low:high].T @ x
+    (rows, inputs, *kernel), stride, padding, dilation, groups = geometry
+    if high - low < rows:
+        group = low // (rows // groups)
+        x, groups = x[:, group * inputs : (group + 1) * inputs], 1
+        dy = dy[:, low:high]
+    shape = (high - low, inputs, *kernel)
+    return conv2d_weight(x, shape, dy, stride, padding, dilation, groups).reshape(high - low, -1)
