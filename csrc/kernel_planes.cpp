@@ -133,6 +133,75 @@ template <std::size_t K, std::size_t S> bool is(const Window& w) {
     return w.kernel_h == K && w.kernel_w == K && w.stride_h == S && w.stride_w == S && w.dilation_h == 1 && w.dilation_w == 1;
 }
 
+#if defined(__AVX512F__)
+// Narrow planes at stride 1: masked loads straight from the plane cost less than a tile.
+constexpr std::size_t narrow = 2 * LANES;
+
+// The lanes of each tap that lie inside, for the outputs from `column` on.
+template <std::size_t K> void inside(const Window& w, std::size_t column, __mmask16 (&mask)[K]) {
+    for (std::size_t kx = 0; kx < K; ++kx) {
+        const auto at = static_cast<std::ptrdiff_t>(column + kx) - static_cast<std::ptrdiff_t>(w.left);
+        const std::ptrdiff_t left = static_cast<std::ptrdiff_t>(w.in_w) - at, lanes = left < 0 ? 0 : left < 16 ? left : 16;
+        const unsigned before = at >= 0 ? 0u : at < -15 ? 0xffffu : (1u << -at) - 1u;
+        mask[kx] = static_cast<__mmask16>(((1u << lanes) - 1u) & ~before);
+    }
+}
+
+template <std::size_t K> struct Masked {
+    const Window& w;
+    const Weighted<K * K>& op;
+    const __mmask16 (&mask)[K];
+    const float* x;  // lane 0 of tap 0 in row 0
+    template <std::size_t R, class Finish> ALWAYS_INLINE void rows(std::size_t row, const Finish& finish) const {
+        vf sum[R];
+        for (auto& v : sum) v = op.start;
+#pragma GCC unroll 12
+        for (std::size_t j = 0; j < R + K - 1; ++j) {
+            const std::size_t y = row + j - w.top;
+            if (y >= w.in_h) continue;
+#pragma GCC unroll 5
+            for (std::size_t kx = 0; kx < K; ++kx) {
+                const vf v = _mm512_maskz_loadu_ps(mask[kx], x + y * w.in_w + kx);
+#pragma GCC unroll 8
+                for (std::size_t r = 0; r < R; ++r)
+                    if (j >= r && j < r + K) sum[r] = op.step(sum[r], v, (j - r) * K + kx);
+            }
+        }
+#pragma GCC unroll 8
+        for (std::size_t r = 0; r < R; ++r) finish(sum[r], row + r);
+    }
+};
+
+template <std::size_t K> void depthwise_narrow(const Depthwise& d, std::size_t from, std::size_t to) {
+    const Window w = d.window;
+    const Clamp clamp(d.act);
+    const std::size_t plane = w.out_h * w.out_w;
+    __mmask16 masks[narrow / LANES][K];
+    for (std::size_t c = 0; c < narrow / LANES; ++c) inside(w, c * LANES, masks[c]);
+    std::size_t channel = from % d.channels;
+    for (std::size_t p = from; p < to; ++p, channel = channel + 1 == d.channels ? 0 : channel + 1) {
+        float* y = d.y + p * plane;
+        const float* x = d.x + (d.multiplier == 1 ? p : p / d.multiplier) * w.in_h * w.in_w;
+        const float* residual = d.residual == nullptr ? nullptr : d.residual + p * plane;
+        const Weighted<K * K> op(d.w + channel * K * K, d.bias == nullptr ? 0.0f : d.bias[channel]);
+        for (std::size_t column = 0; column < w.out_w; column += LANES) {
+            const Masked<K> walk{w, op, masks[column / LANES], x + column - w.left};
+            const std::size_t n = w.out_w - column < LANES ? w.out_w - column : LANES;
+            const auto finish = [&](vf sum, std::size_t row) {
+                const std::size_t at = row * w.out_w + column;
+                if (residual != nullptr) sum = add(sum, load_first(residual + at, n));
+                store_first(y + at, clamp(sum), n);
+            };
+            std::size_t row = 0;  // the usual planes are 7, 14, 28 or 56 high
+            for (; row + 7 <= w.out_h; row += 7) walk.template rows<7>(row, finish);
+            for (; row + 3 <= w.out_h; row += 3) walk.template rows<3>(row, finish);
+            for (; row < w.out_h; ++row) walk.template rows<1>(row, finish);
+        }
+        if (clamp.curved) pointwise(y, y, plane, d.act);
+    }
+}
+#endif
+
 template <std::size_t K, std::size_t S>
 void depthwise_fixed(const Depthwise& d, const Layout& t, std::size_t from, std::size_t to, float* tile) {
     const auto op = [](const float* w, float bias) { return Weighted<K * K>(w, bias); };
@@ -140,6 +209,10 @@ void depthwise_fixed(const Depthwise& d, const Layout& t, std::size_t from, std:
 }
 
 void depthwise(const Depthwise& d, std::size_t from, std::size_t to, float* tile) {
+#if defined(__AVX512F__)
+    if (is<3, 1>(d.window) && d.window.out_w <= narrow) return depthwise_narrow<3>(d, from, to);
+    if (is<5, 1>(d.window) && d.window.out_w <= narrow) return depthwise_narrow<5>(d, from, to);
+#endif
     const Layout t(d.window);
     if (is<3, 1>(d.window)) return depthwise_fixed<3, 1>(d, t, from, to, tile);
     if (is<3, 2>(d.window)) return depthwise_fixed<3, 2>(d, t, from, to, tile);
