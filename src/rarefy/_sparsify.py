@@ -31,7 +31,8 @@ def sparsify(
 ) -> Sparsifier:
     """Make a model sparse, in place, and keep it so while it trains.
 
-    Names, shapes and state-dict keys stay (with masked storage); the training loop stays as it is: the work is done in hooks on the optimizer.
+    Names, shapes and state-dict keys stay (with masked storage); the training loop stays as it is: the work is done in hooks
+    on the optimizer.
 
     Args:
         model: any module that holds Linear, Conv1d/2d/3d, Embedding, MultiheadAttention or RNN weights. Biases and norms
