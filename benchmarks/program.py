@@ -7,12 +7,18 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import subprocess
+import tempfile
 import time
+from contextlib import ExitStack
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peers import ENVIRONMENTS, HERE, Peer
 from rarefy.kernels import planes, sparse_layers
 from rarefy.kernels.program import Program, ProgramBuilder
 
@@ -66,13 +72,37 @@ def reference(w: dict[str, tuple[Tensor, Tensor]], x: Tensor) -> Tensor:
     return F.linear(x.mean((2, 3)), *w["fc"])
 
 
+def onnx_file(w: dict[str, tuple[Tensor, Tensor]], batch: int, folder: str, peer: str) -> Path:
+    """Write the network for the peers, with the onnx of one of them."""
+    arrays = {
+        f"{name}.{part}": t.numpy()
+        for name, pair in w.items()
+        for part, t in zip(("weight", "bias"), pair, strict=True)
+    }
+    np.savez(f"{folder}/weights.npz", strides=[s for _, s in BLOCKS], **arrays)
+    command = [ENVIRONMENTS / peer / "bin/python", HERE / "mobilenet_onnx.py", f"{folder}/weights.npz", str(batch)]
+    subprocess.run([*command, f"{folder}/net.onnx"], check=True)
+    return Path(folder, "net.onnx")
+
+
+def ours(program: Program, x: Tensor, repeats: int) -> list[float]:
+    """Seconds of some runs."""
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        program(x)
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sparsity", type=float, default=0.9)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--layers", action="store_true", help="show the time of each layer")
+    parser.add_argument("--peers", nargs="*", default=[], help="of those that are installed")
     args = parser.parse_args()
     w, x = weights(args.sparsity), torch.randn(args.batch, 3, 224, 224)
     for threads in args.threads:
@@ -81,15 +111,28 @@ def main() -> None:
         with torch.inference_mode():
             expected = reference(w, x)
         error = float((program(x)[0] - expected).abs().max() / expected.abs().max())
-        seconds = []
-        for _ in range(args.repeats):
-            start = time.perf_counter()
-            program(x)
-            seconds.append(time.perf_counter() - start)
+        with ExitStack() as stack:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            peers = {name: stack.enter_context(Peer(name, threads)) for name in args.peers}
+            for name, peer in peers.items():
+                why = peer.network(onnx_file(w, args.batch, folder, args.peers[0]), x.numpy())
+                if why:
+                    raise SystemExit(f"{name}: {why}")
+            mine, theirs = [], {name: [] for name in peers}
+            for _ in range(args.rounds):
+                mine += ours(program, x, 15)[3:]
+                for name, peer in peers.items():
+                    theirs[name] += peer.samples(6)[1:]
+        median = statistics.median(mine)
         print(
-            f"{threads} threads: {1e3 * statistics.median(seconds):.3f} ms (least {1e3 * min(seconds):.3f}), "
-            f"error {error:.1e}, memory between layers {program.arena_bytes(args.batch) / 1e6:.1f} MB"
+            f"{threads} threads: {1e3 * median:.3f} ms (least {1e3 * min(mine):.3f}), error {error:.1e}, "
+            f"memory between layers {program.arena_bytes(args.batch) / 1e6:.1f} MB"
         )
+        for name, seconds in theirs.items():
+            other = statistics.median(seconds)
+            print(
+                f"  {name}: {1e3 * other:.3f} ms (least {1e3 * min(seconds):.3f}), ours takes {median / other:.2f} of it"
+            )
         if args.layers:
             for name, time_of in program.profile(x, repeats=50):
                 print(f"  {name:6} {1e6 * time_of:7.1f} us")
