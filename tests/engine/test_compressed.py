@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rarefy
-from rarefy import Sparsifier
-from rarefy.engine.dense_gradient import BLOCK
+from rarefy import Sparsifier, kernels
+from rarefy.engine.dense_gradient import BLOCK, DenseGradient
 from rarefy.errors import OptionError, PatternError, SelectionError, StateError
 from rarefy.nn import SparseConv2d, SparseLinear, SparseModule
 from tests.engine.common import batch, mlp
@@ -147,6 +147,28 @@ def test_blocks_of_rows_find_what_the_whole_gradient_does(monkeypatch: pytest.Mo
         assert all(torch.equal(a[name], b[name]) for name in a)
     fan_in = [train("mlp", s, sgd, "set", 20, pattern="fan-in", every=5)[0].masks() for s in ("masked", "compressed")]
     assert all(torch.equal(fan_in[0][name], fan_in[1][name]) for name in fan_in[0])
+
+
+@pytest.mark.parametrize("shape", [(40, 130), (3, 20_000)])
+def test_the_largest_entries_are_found_block_by_block(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, cols = shape
+    module = SparseLinear(cols, rows, sparsity=0.9)
+    collected = DenseGradient()
+    collected.watch(module)
+    whole = torch.zeros(shape)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(2):  # small integers: exact sums with many ties
+        x, dy = (torch.randint(-2, 3, (2, n), generator=generator).float() for n in (cols, rows))
+        (module(x) * dy).sum().backward()
+        collected.commit(module.values)
+        whole += dy.T @ x
+    besides = torch.randperm(rows * cols, generator=generator)[:500].sort().values
+    scores = whole.abs().view(-1).index_fill(0, besides, -1)
+    for block in (BLOCK, 7 * cols):
+        monkeypatch.setattr("rarefy.engine.dense_gradient.BLOCK", block)
+        for count in (0, 1, 300, 2500):
+            expected = kernels.select_k(scores, count).nonzero().squeeze(1)
+            assert torch.equal(collected.largest(module, count, besides), expected)
 
 
 def test_only_kept_weights_exist() -> None:

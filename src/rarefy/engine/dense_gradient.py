@@ -14,7 +14,8 @@ from rarefy.engine.distributed import active, average, on_any_rank
 from rarefy.kernels.watch import watch
 from rarefy.nn import SparseModule
 
-BLOCK = 1 << 22  # entries of the gradient that exist at once
+BLOCK = 1 << 24  # entries of the gradient that exist at once
+_TILE = 1024  # columns of a product that stay in the cache; entries that are looked at together
 _Factors = tuple[Tensor, Tensor, tuple[Any, ...]]  # x, dy and a convolution's geometry
 
 
@@ -77,8 +78,9 @@ class DenseGradient:
         places = torch.empty(0, dtype=torch.int64, device=device)
         least = -0.5
         for first, block in self._blocks(module, besides):
-            found = (block.reshape(-1) > least).nonzero().squeeze(1)
-            scores = torch.cat([scores, block.reshape(-1)[found]])
+            flat = block.view(-1)
+            found = _above(flat, least)
+            scores = torch.cat([scores, flat[found]])
             places = torch.cat([places, found + first * cols])
             if scores.numel() > count:
                 chosen = kernels.select_k(scores, count)
@@ -98,15 +100,27 @@ class DenseGradient:
     def _blocks(self, module: SparseModule, besides: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Yield blocks of rows of |gradient| with their first row; -1 in `besides`."""
         cols = module.cols
-        for low, high in _row_blocks(module):
-            block = torch.zeros(high - low, cols, dtype=module.values.dtype, device=module.values.device)
+        blocks = _row_blocks(module)
+        buffer = module.values.detach().new_empty(max(high - low for low, high in blocks), cols)
+        for low, high in blocks:
+            block = buffer[: high - low].zero_()
             for x, dy, geometry in self.factors:
-                block += _rows(x, dy, geometry, low, high)
+                _add_rows(block, x, dy, geometry, low, high)
             block = (average(block) if active() else block).abs_()
             ends = torch.tensor([low * cols, high * cols], device=besides.device)
             start, stop = torch.searchsorted(besides, ends).tolist()
             block.view(-1)[besides[start:stop] - low * cols] = -1
             yield low, block
+
+
+def _above(flat: Tensor, least: float) -> Tensor:
+    """Return where `flat` is larger than `least`, ascending; fast where few are."""
+    whole = flat.numel() // _TILE * _TILE if least > 0 else 0
+    tiles = flat[:whole].view(-1, _TILE)
+    rich = (tiles.amax(1) > least).nonzero().squeeze(1)
+    tile, entry = (tiles[rich] > least).nonzero(as_tuple=True)
+    rest = (flat[whole:] > least).nonzero().squeeze(1)
+    return torch.cat([rich[tile] * _TILE + entry, rest + whole])
 
 
 def _row_blocks(module: SparseModule) -> list[tuple[int, int]]:
@@ -122,14 +136,21 @@ def _row_blocks(module: SparseModule) -> list[tuple[int, int]]:
     ]
 
 
-def _rows(x: Tensor, dy: Tensor, geometry: tuple[Any, ...], low: int, high: int) -> Tensor:
-    """Return rows [low, high) of the dense weight's gradient."""
+def _add_rows(block: Tensor, x: Tensor, dy: Tensor, geometry: tuple[Any, ...], low: int, high: int) -> None:
+    """Add rows [low, high) of the dense weight's gradient to `block`."""
     if not geometry:
-        return dy[:, low:high].T @ x
+        left = dy[:, low:high].T.contiguous()
+        if x.dtype == block.dtype:
+            step = _TILE if x.shape[1] > 16 * _TILE else x.shape[1]
+            for first in range(0, x.shape[1], step):
+                block[:, first : first + step].addmm_(left, x[:, first : first + step])
+        else:  # autocast
+            block += left @ x
+        return
     (rows, inputs, *kernel), stride, padding, dilation, groups = geometry
     if high - low < rows:
         group = low // (rows // groups)
         x, groups = x[:, group * inputs : (group + 1) * inputs], 1
         dy = dy[:, low:high]
     shape = (high - low, inputs, *kernel)
-    return conv2d_weight(x, shape, dy, stride, padding, dilation, groups).reshape(high - low, -1)
+    block += conv2d_weight(x, shape, dy, stride, padding, dilation, groups).reshape(high - low, -1)
