@@ -45,10 +45,10 @@ std::size_t parts_for(const Csr& w, std::size_t threads) {
 
 }  // namespace
 
-Spmm::Spmm(const Csr& w, std::size_t columns, std::size_t threads, For use)
+Spmm::Spmm(const Csr& w, std::size_t columns, std::size_t threads, For use, Words words)
     : rows_(w.rows), cols_(w.cols), nnz_(static_cast<std::size_t>(w.crow[w.rows])), fits_(fitting_parts(w) == 1) {
-    if (use == For::linear_only && columns == 1) vector_.emplace(w);
-    else stream_.emplace(w, block_ends(w, columns), nullptr, packing_for(columns), parts_for(w, threads));
+    if (use == For::linear_only && columns == 1 && words == Words::float32) vector_.emplace(w);
+    else stream_.emplace(w, block_ends(w, columns), nullptr, packing_for(columns), parts_for(w, threads), words);
 }
 
 std::size_t Spmm::most_vectors() const {
@@ -156,7 +156,7 @@ void Spmm::planes(const float* x, std::size_t batch, std::size_t pixels, float* 
 }
 
 void Spmm::linear(const float* x, std::size_t x_ld, std::size_t n, float* y, std::size_t y_ld, const float* bias, Act act,
-                  std::size_t threads) const {
+                  std::size_t threads, const Finish& finish) const {
     const StripKernels& k = strip_kernels();
     const std::size_t lanes = k.lanes;
     if (n == 0 || rows_ == 0) return;
@@ -178,6 +178,7 @@ void Spmm::linear(const float* x, std::size_t x_ld, std::size_t n, float* y, std
                             {b == 0 ? nullptr : partial, width, partial, width, lanes, nullptr});
             }
         }
+        if (finish) finish(sums, t.row, t.rows, width);
         k.unpack_transposed(sums, width, t.rows, t.columns, y + t.column * y_ld + t.row, y_ld,
                             bias == nullptr ? nullptr : bias + t.row, act);
     });

@@ -13,7 +13,8 @@ public:
     // `columns`: how many columns (pixels of all images, or samples) a product will mostly have; any other number works too.
     // A weight for `linear` only, and one sample at a time, is packed for that.
     enum class For { planes_and_linear, linear_only };
-    Spmm(const Csr& w, std::size_t columns, std::size_t threads, For use = For::planes_and_linear);
+    Spmm(const Csr& w, std::size_t columns, std::size_t threads, For use = For::planes_and_linear,
+         Words words = Words::float32);
 
     void set_values(const float* values) {
         if (vector_) vector_->set_values(values);
@@ -24,9 +25,12 @@ public:
     void planes(const float* x, std::size_t batch, std::size_t pixels, float* y, const float* bias, const float* residual, Act act,
                 std::size_t threads) const;
 
+    // Called on the sums of some rows [rows][width] before bias and activation.
+    using Finish = std::function<void(float* sums, std::size_t row, std::size_t rows, std::size_t width)>;
+
     // Features: x [n][cols] with rows x_ld apart -> y [n][rows] with rows y_ld apart.
     void linear(const float* x, std::size_t x_ld, std::size_t n, float* y, std::size_t y_ld, const float* bias, Act act,
-                std::size_t threads) const;
+                std::size_t threads, const Finish& finish = {}) const;
 
     std::size_t rows() const { return rows_; }
     std::size_t cols() const { return cols_; }

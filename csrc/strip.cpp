@@ -66,8 +66,8 @@ Splits splits(std::array<std::size_t, 16> seen, std::size_t groups, std::size_t 
 }  // namespace
 
 Stream::Stream(const Csr& w, const std::vector<std::size_t>& ends, const std::uint32_t* offset_of, Packing packing,
-               std::size_t parts)
-    : packing_(packing), ends_(ends), first_row_(cut_rows(w, std::max<std::size_t>(parts, 1), 16)) {
+               std::size_t parts, Words words)
+    : packing_(packing), words_(words), ends_(ends), first_row_(cut_rows(w, std::max<std::size_t>(parts, 1), 16)) {
     const auto nnz = static_cast<std::size_t>(w.crow[w.rows]);
     offsets_.reserve(nnz);
     order_.reserve(nnz);
@@ -218,7 +218,7 @@ std::size_t Stream::bytes() const {
 void Stream::run(std::size_t part, std::size_t block, const char* x, std::size_t stride, std::size_t vectors,
                  const StripTarget& target) const {
     const Section& s = sections_[part * blocks() + block];
-    const StripKernels& k = strip_kernels();
+    const StripLoops& k = strip_loops(words_);
     if (packing_ == Packing::groups) {
         k.groups[vectors]({counts_.data() + s.group * 15, rows_.data() + s.group * GROUP, s.groups, offsets_.data() + s.offset,
                            values_.data() + s.value},

@@ -55,10 +55,14 @@ struct StripTarget {
 
 constexpr std::size_t GROUP = 4, SLICE = 8, MOST_VECTORS = 6, MOST_SLICE_VECTORS = 2;
 
-struct StripKernels {
-    std::size_t lanes, vectors;  // floats a vector; how many vectors a group's tile may have
+struct StripLoops {
     void (*groups[MOST_VECTORS + 1])(const GroupRun&, const char* x, std::size_t stride, const StripTarget&);
     void (*slices[MOST_SLICE_VECTORS + 1])(const SliceRun&, const char* x, std::size_t stride, const StripTarget&);
+};
+
+struct StripKernels {
+    std::size_t lanes, vectors;  // floats a vector; how many vectors a group's tile may have
+    StripLoops loops;
     // strip[k][0 .. width) = x[k * ld + 0 .. n), zeros behind; width is a multiple of the lanes.
     void (*pack)(const float* x, std::size_t ld, std::size_t k, std::size_t n, float* strip, std::size_t width);
     // strip[k][i] = x[i * ld + k] for i < n, zeros behind.
@@ -74,13 +78,20 @@ RAREFY_EVERY_LEVEL(extern const StripKernels strip)
 
 inline const StripKernels& strip_kernels() { return RAREFY_AT_LEVEL(strip); }
 
+// What a word of 32 bits holds, in weights and activations alike: a float; two bfloat16, summed in float32; or four bytes, signed
+// weights and unsigned activations, summed in int32.
+enum class Words { float32, bfloat16, int8 };
+
+const StripLoops& strip_loops(Words words);  // of the instruction set in use (lowp.cpp)
+
 enum class Packing { groups, slices };
 
 class Stream {
 public:
     // `ends`: ascending last inputs (exclusive) of the blocks, the last one w.cols. `offset_of` [cols]: where an input's activations
     // lie from its strip's base, in strides; null: its place in its block. `parts` contiguous ranges of rows of about equal work.
-    Stream(const Csr& w, const std::vector<std::size_t>& ends, const std::uint32_t* offset_of, Packing packing, std::size_t parts);
+    Stream(const Csr& w, const std::vector<std::size_t>& ends, const std::uint32_t* offset_of, Packing packing, std::size_t parts,
+           Words words = Words::float32);
 
     void set_values(const float* values);  // by the matrix's positions
 
@@ -105,6 +116,7 @@ private:
     void pack_slices(const Csr& w, std::size_t part, const std::uint32_t* offset_of);
 
     Packing packing_;
+    Words words_;
     std::vector<std::size_t> ends_, first_row_;
     std::vector<Section> sections_;  // [part][block]
     std::vector<std::uint16_t> counts_;

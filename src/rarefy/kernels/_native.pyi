@@ -138,3 +138,27 @@ def conv_training(
     crow: Array, col: Array, weight: list[int], size: list[int], stride: list[int], padding: list[int],
     dilation: list[int], groups: int, batch: int, threads: int,
 ) -> ConvTraining: ...  # fmt: skip
+def has_dot_products() -> bool: ...
+
+class Bfloat16Linear(Layer):
+    def __init__(
+        self, crow: object, col: object, values: object, cols: int, bias: object, act: str, batch: int, threads: int
+    ) -> None: ...
+    @property
+    def bytes(self) -> int: ...
+
+class Bfloat16Planes(Layer):
+    def __init__(
+        self, crow: object, col: object, values: object, cols: int, pixels: int, bias: object, residual: bool, act: str,
+        batch: int, threads: int,
+    ) -> None: ...  # fmt: skip
+    @property
+    def bytes(self) -> int: ...
+
+class Int8Product:
+    def __init__(
+        self, crow: object, col: object, values: object, cols: int, scale: object, n: int, threads: int
+    ) -> None: ...
+    def linear(self, x: Array, x_scale: float, x_zero: int, y: Array, bias: object, act: str, threads: int) -> None: ...
+    @property
+    def bytes(self) -> int: ...
