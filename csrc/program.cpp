@@ -19,6 +19,9 @@ namespace rarefy {
 namespace {
 
 constexpr std::size_t nowhere = std::numeric_limits<std::size_t>::max(), line = 16;  // floats in a cache line
+constexpr std::size_t large_traffic = 32768;        // floats that a step reads and writes for a sample: more makes it worth a chunk
+constexpr std::size_t chunk_room = 262144;           // floats between the layers that the second cache holds
+constexpr std::size_t worth_a_thread = 1 << 18;      // floats read and written in all
 constexpr std::size_t large_page = std::size_t{2} << 20;
 
 void need(bool fits, const std::string& what) {
@@ -110,28 +113,54 @@ Program::Program(std::vector<Step> steps, std::vector<std::size_t> inputs, std::
         inside_[home] = true;
         lives_[home].last = std::max(lives_[home].last, last[out]);
     }
+
+    sizes_ = std::move(sizes);
+    for (std::size_t s = 0; s < steps_.size(); ++s) {
+        std::size_t traffic = steps_[s].layer->output_size();
+        for (const std::size_t size : steps_[s].layer->input_sizes()) traffic += size;
+        traffic_ += traffic;
+        if (traffic > large_traffic) head_ = s + 1;
+    }
+    head_floats_ = plan(0, head_, 1, 1).floats;
 }
 
-Program::Plan Program::plan(std::size_t batch, std::size_t threads) const {
-    std::vector<Interval> intervals = lives_;
-    for (auto& life : intervals) life.floats *= batch;
-    for (std::size_t s = 0; s < steps_.size(); ++s) intervals.push_back({steps_[s].layer->scratch_floats(batch, threads), s, s});
+bool Program::lies_in(std::size_t storage, std::size_t from, std::size_t to) const {
+    return inside_[storage] && lives_[storage].last >= from && lives_[storage].last < to;
+}
+
+Program::Plan Program::plan(std::size_t from, std::size_t to, std::size_t batch, std::size_t threads) const {
+    std::vector<Interval> intervals(lives_.size(), {0, 0, 0});
+    for (std::size_t id = 0; id < lives_.size(); ++id)
+        if (lies_in(id, from, to)) intervals[id] = {lives_[id].floats * batch, std::max(lives_[id].first, from), lives_[id].last};
+    for (std::size_t s = from; s < to; ++s) intervals.push_back({steps_[s].layer->scratch_floats(batch, threads), s, s});
     const auto at = place(intervals);
     const auto middle = at.begin() + static_cast<std::ptrdiff_t>(lives_.size());
-    Plan made;
-    made.batch = batch;
-    made.threads = threads;
-    made.floats = at.back();
-    made.buffer.assign(at.begin(), middle);
-    made.scratch.assign(middle, at.end() - 1);
-    return made;
+    return {from, to, batch, threads, at.back(), {at.begin(), middle}, {middle, at.end() - 1}};
 }
 
-std::unique_ptr<Program::Arena> Program::take(std::size_t batch, std::size_t threads) const {
+Program::Split Program::split(std::size_t batch, std::size_t threads) const {
+    if (batch <= 1 || head_ == 0) return {batch, 0};
+    std::size_t chunk = std::clamp<std::size_t>(chunk_room / std::max<std::size_t>(head_floats_, 1), 1, batch);
+    const bool abreast = threads > 1 && batch * traffic_ >= worth_a_thread;
+    if (abreast) chunk = std::min(chunk, (batch + threads - 1) / threads);
+    const std::size_t chunks = batch / chunk;
+    return {chunk, abreast ? chunks - chunks % threads : 0};
+}
+
+std::size_t Program::arena_floats(std::size_t batch, std::size_t threads) const {
+    const Split how = split(batch, threads);
+    const std::size_t head = how.chunk == batch ? steps_.size() : head_;
+    const std::size_t rest = head == steps_.size() ? 0 : plan(head, steps_.size(), batch, threads).floats;
+    if (how.abreast == 0) return plan(0, head, how.chunk, threads).floats + rest;
+    return std::min(threads, how.abreast) * plan(0, head, how.chunk, 1).floats + rest;
+}
+
+std::unique_ptr<Program::Arena> Program::take(std::size_t from, std::size_t to, std::size_t batch, std::size_t threads) const {
     {
         const std::lock_guard<std::mutex> lock(mutex_);
         for (auto& arena : idle_) {
-            if (arena->plan.batch != batch || arena->plan.threads != threads) continue;
+            const Plan& p = arena->plan;
+            if (p.from != from || p.to != to || p.batch != batch || p.threads != threads) continue;
             std::swap(arena, idle_.back());
             auto found = std::move(idle_.back());
             idle_.pop_back();
@@ -139,7 +168,7 @@ std::unique_ptr<Program::Arena> Program::take(std::size_t batch, std::size_t thr
         }
     }
     auto arena = std::make_unique<Arena>();
-    arena->plan = plan(batch, threads);
+    arena->plan = plan(from, to, batch, threads);
     // Large pages, where the system gives them: a network touches thousands of small ones in every run.
     const std::size_t bytes = std::max<std::size_t>(arena->plan.floats, line) * sizeof(float);
     const std::size_t page = bytes >= large_page ? large_page : 64;
@@ -152,48 +181,83 @@ std::unique_ptr<Program::Arena> Program::take(std::size_t batch, std::size_t thr
     return arena;
 }
 
-void Program::run(const std::vector<const float*>& inputs, const std::vector<float*>& outputs, std::size_t batch, std::size_t threads,
-                  double* seconds, bool poison) const {
-    using Clock = std::chrono::steady_clock;
-    auto arena = take(batch, threads);
-    float* const base = arena->memory.get();
-    const Plan& at = arena->plan;
-    std::vector<float*> buffers(storage_.size(), nullptr);
-    for (std::size_t i = 0; i < inputs_.size(); ++i) buffers[inputs_[i]] = const_cast<float*>(inputs[i]);  // never written
-    for (std::size_t i = 0; i < outputs_.size(); ++i)
-        if (buffers[outputs_[i]] == nullptr) buffers[outputs_[i]] = outputs[i];
-    for (std::size_t id = 0; id < buffers.size(); ++id)
-        if (buffers[id] == nullptr && inside_[storage_[id]]) buffers[id] = base + at.buffer[storage_[id]];
+void Program::give(std::unique_ptr<Arena> arena) const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (idle_.size() >= 8) idle_.erase(idle_.begin());
+    idle_.push_back(std::move(arena));
+}
 
+void Program::run_steps(const Arena& arena, const Work& work, std::size_t sample, double* seconds) const {
+    using Clock = std::chrono::steady_clock;
+    const Plan& plan = arena.plan;
+    float* const base = arena.memory.get();
+    const auto where = [&](std::size_t id) {
+        return work.at[id] != nullptr ? work.at[id] + sample * sizes_[id] : base + plan.buffer[storage_[id]];
+    };
     const auto poison_dead = [&](std::size_t step) {  // all but what lives in this step or was written for a later one
-        std::vector<bool> alive(at.floats, false);
+        std::vector<bool> alive(plan.floats, false);
         for (std::size_t id = 0; id < lives_.size(); ++id)
-            if (inside_[id] && lives_[id].first < step && step <= lives_[id].last)
-                std::fill_n(alive.begin() + static_cast<std::ptrdiff_t>(at.buffer[id]), lives_[id].floats * batch, true);
-        for (std::size_t i = 0; i < at.floats; ++i)
+            if (lies_in(id, plan.from, plan.to) && lives_[id].first < step && step <= lives_[id].last)
+                std::fill_n(alive.begin() + static_cast<std::ptrdiff_t>(plan.buffer[id]), lives_[id].floats * plan.batch, true);
+        for (std::size_t i = 0; i < plan.floats; ++i)
             if (!alive[i]) base[i] = std::numeric_limits<float>::quiet_NaN();
     };
+    std::vector<const float*> reads;
+    for (std::size_t s = plan.from; s < plan.to; ++s) {
+        const Step& step = steps_[s];
+        if (work.poison) poison_dead(s);
+        reads.clear();
+        for (const std::size_t id : step.inputs) reads.push_back(where(id));
+        const auto start = seconds == nullptr ? Clock::time_point{} : Clock::now();
+        step.layer->run(reads.data(), where(step.output), base + plan.scratch[s - plan.from], plan.batch, plan.threads);
+        if (seconds != nullptr) seconds[s] += std::chrono::duration<double>(Clock::now() - start).count();
+    }
+}
 
-    {
-        const Run busy(threads);
-        std::vector<const float*> reads;
-        for (std::size_t s = 0; s < steps_.size(); ++s) {
-            const Step& step = steps_[s];
-            if (poison) poison_dead(s);
-            reads.clear();
-            for (const std::size_t id : step.inputs) reads.push_back(buffers[id]);
-            const auto start = seconds == nullptr ? Clock::time_point{} : Clock::now();
-            step.layer->run(reads.data(), buffers[step.output], base + at.scratch[s], batch, threads);
-            if (seconds != nullptr) seconds[s] = std::chrono::duration<double>(Clock::now() - start).count();
-        }
+void Program::run(const std::vector<const float*>& inputs, const std::vector<float*>& outputs, std::size_t batch, std::size_t threads,
+                  double* seconds, bool poison) const {
+    const Run busy(threads);
+    const std::size_t all = steps_.size();
+    const Split how = split(batch, threads);
+    const std::size_t head = how.chunk == batch ? all : head_;
+    auto rest = head == all ? nullptr : take(head, all, batch, threads);
+
+    Work work{std::vector<float*>(storage_.size(), nullptr), poison};
+    for (std::size_t i = 0; i < inputs_.size(); ++i) work.at[inputs_[i]] = const_cast<float*>(inputs[i]);  // never written
+    for (std::size_t i = 0; i < outputs_.size(); ++i)
+        if (work.at[outputs_[i]] == nullptr) work.at[outputs_[i]] = outputs[i];
+    for (std::size_t id = 0; id < storage_.size(); ++id)
+        if (rest != nullptr && work.at[id] == nullptr && lies_in(storage_[id], head, all))
+            work.at[id] = rest->memory.get() + rest->plan.buffer[storage_[id]];
+
+    if (seconds != nullptr) std::fill_n(seconds, all, 0.0);
+    if (how.abreast > 0) {
+        std::vector<std::unique_ptr<Arena>> arenas;  // of those at work; taken here, since a task must not throw
+        for (std::size_t t = 0; t < std::min(threads, how.abreast); ++t) arenas.push_back(take(0, head, how.chunk, 1));
+        const std::size_t crew = arenas.size();
+        std::vector<double> sums(seconds == nullptr ? 0 : all * crew, 0.0);
+        parallel(crew, threads, [&](std::size_t t) {
+            double* mine = seconds == nullptr ? nullptr : sums.data() + t * all;
+            for (std::size_t c = t * how.abreast / crew; c < (t + 1) * how.abreast / crew; ++c) run_steps(*arenas[t], work, c * how.chunk, mine);
+        });
+        for (std::size_t i = 0; i < sums.size(); ++i) seconds[i % all] += sums[i] / static_cast<double>(crew);
+        for (auto& arena : arenas) give(std::move(arena));
+    }
+    for (std::size_t sample = how.abreast * how.chunk; sample < batch || batch == 0;) {
+        const std::size_t count = std::min(how.chunk, batch - sample);
+        auto arena = take(0, head, count, threads);
+        run_steps(*arena, work, sample, seconds);
+        give(std::move(arena));
+        sample += count;
+        if (batch == 0) break;
+    }
+    if (rest != nullptr) {
+        run_steps(*rest, work, 0, seconds);
+        give(std::move(rest));
     }
     for (std::size_t i = 0; i < outputs_.size(); ++i)  // an input handed through, or an output named twice
-        if (buffers[outputs_[i]] != outputs[i] && output_sizes_[i] != 0)
-            std::memcpy(outputs[i], buffers[outputs_[i]], output_sizes_[i] * batch * sizeof(float));
-
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (idle_.size() >= 4) idle_.erase(idle_.begin());
-    idle_.push_back(std::move(arena));
+        if (work.at[outputs_[i]] != outputs[i] && output_sizes_[i] != 0)
+            std::memcpy(outputs[i], work.at[outputs_[i]], output_sizes_[i] * batch * sizeof(float));
 }
 
 }  // namespace rarefy
