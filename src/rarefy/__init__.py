@@ -12,11 +12,14 @@ from rarefy.engine import Method, Sparsifier
 from rarefy.errors import RarefyError, nearest
 
 if TYPE_CHECKING:
-    from rarefy.deploy import accelerate
+    from rarefy.deploy import accelerate, load, save
 
 __version__ = "0.1.0"
 
-__all__ = ["Method", "RarefyError", "Sparsifier", "__version__", "accelerate", "methods", "show_config", "sparsify"]
+__all__ = [
+    "Method", "RarefyError", "Sparsifier", "__version__", "accelerate",
+    "load", "methods", "save", "show_config", "sparsify",
+]  # fmt: skip
 
 _ROOMS = (
     "allocation",
@@ -32,7 +35,7 @@ _ROOMS = (
     "scores",
     "training",
 )
-_LATE = {"accelerate": "deploy"}
+_LATE = {"accelerate": "deploy", "load": "deploy", "save": "deploy"}
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rarefy.deploy.accelerated import AcceleratedModel, accelerate
+from rarefy.deploy.files import load, save
 from rarefy.deploy.plan import LayerPlan, Plan
 
-__all__ = ["AcceleratedModel", "LayerPlan", "Plan", "accelerate"]
+__all__ = ["AcceleratedModel", "LayerPlan", "Plan", "accelerate", "load", "save"]
