@@ -346,7 +346,8 @@ def test_accumulated_passes_decide_together_and_probing_leaves_no_trace() -> Non
             for j in range(2):
                 x, y = batch(2 * i + j)
                 loss = F.cross_entropy(model(x), y)
-                torch.autograd.grad(loss * 100, list(model.parameters()), retain_graph=True)
+                probe = F.cross_entropy(model(batch(100 + i)[0]), batch(100 + i)[1])
+                torch.autograd.grad(probe * 100, list(model.parameters()))
                 loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=i % 2 == 0)
@@ -354,6 +355,26 @@ def test_accumulated_passes_decide_together_and_probing_leaves_no_trace() -> Non
 
     masked, compressed = run("masked"), run("compressed")
     assert all(torch.equal(masked[name], compressed[name]) for name in masked)
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.last = nn.Linear(12, 12), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.inner(torch.tanh(self.inner(x)))))
+
+
+def test_a_layer_that_is_used_twice_in_a_pass() -> None:
+    results = []
+    for storage in ("masked", "compressed"):
+        model = Twice()
+        optimizer = sgd(model)
+        sparse = rarefy.sparsify(model, "rigl", sparsity=0.7, every=2, optimizer=optimizer, storage=storage)
+        results.append((sparse, [step(model, optimizer, batch(i)) for i in range(12)]))
+    assert_same_run(results[0], results[1])
 
 
 def test_an_overflow_leaves_the_mask_and_says_so() -> None:

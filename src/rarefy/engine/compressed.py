@@ -127,7 +127,7 @@ class CompressedLayer(Layer):
         return kept[self._select(table, counts)[group, slot]]
 
     def largest_gradients(self, counts: Tensor, *, besides: Tensor) -> Tensor:
-        if not self._gradient.factors and not active():
+        if not self._gradient.parts and not active():
             raise RarefyError(f"{self.name} {list(self.shape)}: no dense gradient was collected for this step.")
         try:
             if self.groups == 1:

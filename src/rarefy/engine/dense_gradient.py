@@ -1,4 +1,4 @@
-"""The largest entries of a dense gradient that is never held: only its factors are, and it is made a few rows at a time."""
+"""The largest entries of a dense gradient: held as its factors where those are smaller, and made a few rows at a time."""
 
 from __future__ import annotations
 
@@ -20,24 +20,26 @@ _Factors = tuple[Tensor, Tensor, tuple[Any, ...]]  # x, dy and a convolution's g
 
 
 class DenseGradient:
-    """The factors (x, dy) of one optimizer step's dense gradient, of all its backward passes, as `.grad` sums them.
+    """One optimizer step's dense gradient, of all its backward passes, as `.grad` sums them.
 
-    The operator tells what each pass multiplies; the sum takes that in once the pass has been accumulated, so that
-    `torch.autograd.grad` leaves no trace. It begins anew when `.grad` was dropped or zeroed.
+    The operator tells what each pass multiplies: a part is kept as these factors or as their product, whichever is
+    smaller. The sum takes it in once the pass has been accumulated, so that `torch.autograd.grad` leaves no trace. It
+    begins anew when `.grad` was dropped or zeroed.
     """
 
     def __init__(self) -> None:
         self._module: SparseModule | None = None
         self._end: Any = None
-        self._seen: list[_Factors] = []
+        self._seen: list[Tensor | _Factors] = []
+        self._task = -1
         self._anew = False
         self._left_zero = False
-        self.factors: list[_Factors] = []
+        self.parts: list[Tensor | _Factors] = []
 
     def watch(self, module: SparseModule | None) -> None:
         """Begin a new sum; None: forget it."""
         self.close()
-        self.factors, self._left_zero = [], False
+        self.parts, self._left_zero = [], False
         if module is not None and module.values.requires_grad:
             self._module = module
             self._end = watch(module.crow, self._see)
@@ -51,24 +53,32 @@ class DenseGradient:
     def _see(self, x: Tensor, dy: Tensor, *geometry: Any) -> None:
         if self._module is None:
             return
-        if not self._seen:
+        task = torch._C._current_graph_task_id()
+        if not self._seen or task != self._task:  # a new pass; what an earlier one left was not accumulated
+            self._seen, self._task = [], task
             old = self._module.values.grad
             self._anew = old is None or (not self._left_zero and not bool(old.any()))
-        # copies: the caller may use the memory again before the optimizer steps
-        self._seen.append((x.detach().clone(), dy.detach().clone(), geometry))
+        x, dy, rows, cols = x.detach(), dy.detach(), self._module.rows, self._module.cols
+        if rows * cols > x.numel() + dy.numel():  # copies: the memory may be used again before the optimizer steps
+            self._seen.append((x.clone(), dy.clone(), geometry))
+        else:
+            whole = self._module.values.detach().new_zeros(rows, cols)
+            _add_rows(whole, x, dy, geometry, 0, rows)
+            self._seen.append(whole)
 
     def commit(self, parameter: nn.Parameter) -> None:
         """Take in the pass that was seen last, now that it is part of `parameter.grad`."""
         if self._seen:
-            self.factors = self._seen if self._anew else self.factors + self._seen
+            self.parts = self._seen if self._anew else self.parts + self._seen
             self._seen = []
         if self._end is not None:
             self._left_zero = parameter.grad is not None and not bool(parameter.grad.any())
 
     def usable(self, device: torch.device) -> bool:
         """Whether a finite gradient was collected, on any rank; every rank must ask."""
-        found = self.factors
-        overflow = on_any_rank(any(not bool(t.isfinite().all()) for x, dy, _ in found for t in (x, dy)), device)
+        found = self.parts
+        tensors = [t for part in found for t in ((part,) if isinstance(part, Tensor) else part[:2])]
+        overflow = on_any_rank(any(not bool(t.isfinite().all()) for t in tensors), device)
         return on_any_rank(bool(found), device) and not overflow
 
     def largest(self, module: SparseModule, count: int, besides: Tensor) -> Tensor:
@@ -79,7 +89,11 @@ class DenseGradient:
         least = -0.5
         for first, block in self._blocks(module, besides):
             flat = block.view(-1)
-            found = _above(flat, least)
+            if scores.numel() == 0 < count < flat.numel():  # the first block: no need to look at more than `count`
+                found = kernels.select_k(flat, count).nonzero().squeeze(1)
+                found = found[flat[found] > least]
+            else:
+                found = _above(flat, least)
             scores = torch.cat([scores, flat[found]])
             places = torch.cat([places, found + first * cols])
             if scores.numel() > count:
@@ -104,8 +118,11 @@ class DenseGradient:
         buffer = module.values.detach().new_empty(max(high - low for low, high in blocks), cols)
         for low, high in blocks:
             block = buffer[: high - low].zero_()
-            for x, dy, geometry in self.factors:
-                _add_rows(block, x, dy, geometry, low, high)
+            for part in self.parts:
+                if isinstance(part, Tensor):
+                    block += part[low:high]
+                else:
+                    _add_rows(block, *part, low, high)
             block = (average(block) if active() else block).abs_()
             ends = torch.tensor([low * cols, high * cols], device=besides.device)
             start, stop = torch.searchsorted(besides, ends).tolist()
