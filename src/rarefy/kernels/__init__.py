@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rarefy.kernels.bitpack import pack_mask, unpack_mask
+from rarefy.kernels.conv import spconv2d
 from rarefy.kernels.native import native_config, threads
 from rarefy.kernels.ops import sparse_conv2d, sparse_linear
 from rarefy.kernels.select import select_k
@@ -15,6 +16,7 @@ __all__ = [
     "select_k",
     "sparse_conv2d",
     "sparse_linear",
+    "spconv2d",
     "threads",
     "unpack_mask",
 ]

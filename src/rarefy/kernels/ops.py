@@ -53,7 +53,7 @@ def sparse_linear(x: Tensor, values: Tensor, crow: Tensor, col: Tensor, bias: Te
     tensor([[30.,  3.]])
     """
     x, values, bias = _autocast(x, values, bias)
-    _check("sparse_linear", x, values, crow, col, bias)
+    check_compressed("sparse_linear", x, values, crow, col, bias)
     flat = x.reshape(-1, x.shape[-1])
     return torch.ops.rarefy.sparse_linear(flat, values, crow, col, bias).view(*x.shape[:-1], crow.shape[0] - 1)
 
@@ -77,26 +77,45 @@ def sparse_conv2d(
     Raises OptionError where shapes, dtypes or devices do not fit.
     """
     x, values, bias = _autocast(x, values, bias)
-    _check("sparse_conv2d", x, values, crow, col, bias)
+    check_compressed("sparse_conv2d", x, values, crow, col, bias)
     shape = list(weight_shape)
-    if x.dim() not in (3, 4) or len(shape) != 4 or x.shape[-3] != shape[1] * groups or shape[0] % groups:
-        raise OptionError(
-            f"sparse_conv2d: x of shape {list(x.shape)} does not fit a weight of shape {shape} with {groups} group(s): "
-            "x must be [batch, in, height, width] with in = weight_shape[1] * groups"
-        )
-    if crow.shape[0] != shape[0] + 1:
-        raise OptionError(f"sparse_conv2d: crow has {crow.shape[0]} entries; {shape[0]} output channels need one more")
+    check_geometry("sparse_conv2d", x, crow, shape, stride, padding, dilation, groups)
     batch = x if x.dim() == 4 else x[None]
-    for size, kernel, pad, spread in zip(batch.shape[2:], shape[2:], padding, dilation, strict=True):
-        if size + 2 * pad <= spread * (kernel - 1):
-            raise OptionError(
-                f"sparse_conv2d: a kernel of {shape[2:]} (dilation {list(dilation)}) does not fit images of "
-                f"{list(batch.shape[2:])} with padding {list(padding)}"
-            )
     y = torch.ops.rarefy.sparse_conv2d(
         batch, values, crow, col, bias, shape, list(stride), list(padding), list(dilation), groups
     )
     return y if x.dim() == 4 else y[0]
+
+
+def check_geometry(
+    what: str,
+    x: Tensor,
+    crow: Tensor,
+    shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> None:
+    """Raise OptionError where a convolution's image, weight and geometry do not fit each other."""
+    if groups < 1 or x.dim() not in (3, 4) or len(shape) != 4 or x.shape[-3] != shape[1] * groups or shape[0] % groups:
+        raise OptionError(
+            f"{what}: x of shape {list(x.shape)} does not fit a weight of shape {list(shape)} with {groups} group(s): "
+            "x must be [batch, in, height, width] with in = weight_shape[1] * groups"
+        )
+    if crow.shape[0] != shape[0] + 1:
+        raise OptionError(f"{what}: crow has {crow.shape[0]} entries; {shape[0]} output channels need one more")
+    if any(len(pair) != 2 for pair in (stride, padding, dilation)) or min(*stride, *dilation) < 1 or min(padding) < 0:
+        raise OptionError(
+            f"{what}: stride {list(stride)}, padding {list(padding)} and dilation {list(dilation)} must be pairs "
+            "(height, width), positive or, for the padding, not negative"
+        )
+    for size, kernel, pad, spread in zip(x.shape[-2:], shape[2:], padding, dilation, strict=True):
+        if size + 2 * pad <= spread * (kernel - 1):
+            raise OptionError(
+                f"{what}: a kernel of {list(shape[2:])} (dilation {list(dilation)}) does not fit images of "
+                f"{list(x.shape[-2:])} with padding {list(padding)}"
+            )
 
 
 def _autocast(x: Tensor, values: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -107,7 +126,8 @@ def _autocast(x: Tensor, values: Tensor, bias: Tensor | None) -> tuple[Tensor, T
     return x, values, bias
 
 
-def _check(what: str, x: Tensor, values: Tensor, crow: Tensor, col: Tensor, bias: Tensor | None) -> None:
+def check_compressed(what: str, x: Tensor, values: Tensor, crow: Tensor, col: Tensor, bias: Tensor | None) -> None:
+    """Raise OptionError where dtypes, lengths or devices of a sparse operator's tensors do not fit."""
     if crow.dtype != torch.int64 or col.dtype != torch.int32 or crow.dim() != 1 or col.dim() != 1 or not crow.shape[0]:
         raise OptionError(
             f"{what}: crow must be int64 [rows + 1] and col int32 [nnz]; "
@@ -186,7 +206,8 @@ def _linear_values_cpu(x: Tensor, dy: Tensor, crow: Tensor, col: Tensor) -> Tens
     return out.to(dy.dtype)
 
 
-def _out_size(size: Sequence[int], kernel: Sequence[int], geometry: Sequence[Sequence[int]]) -> list[int]:
+def out_size(size: Sequence[int], kernel: Sequence[int], geometry: Sequence[Sequence[int]]) -> list[int]:
+    """Return a convolution's output height and width; `geometry` is stride, padding and dilation."""
     stride, padding, dilation = geometry
     every = zip(size, kernel, stride, padding, dilation, strict=True)
     return [(s + 2 * p - d * (k - 1) - 1) // t + 1 for s, k, t, p, d in every]
@@ -197,7 +218,7 @@ def _conv_cpu(
 ) -> Tensor:
     if x.dtype not in _NATIVE:
         return reference.sparse_conv2d(x, values, crow, col, bias, weight_shape, *geometry)
-    y = torch.empty(x.shape[0], weight_shape[0], *_out_size(x.shape[2:], weight_shape[2:], geometry[:3]))
+    y = torch.empty(x.shape[0], weight_shape[0], *out_size(x.shape[2:], weight_shape[2:], geometry[:3]))
     plan = _conv_plan(crow, col, x.shape[0], x.shape[2:], weight_shape, *geometry)
     plan.forward(_array(values), _array(x), _maybe(bias), y.numpy(), threads())
     return y.to(x.dtype)
@@ -243,7 +264,7 @@ def _values_fake(x: Tensor, dy: Tensor, crow: Tensor, col: Tensor, *geometry: An
 def _conv_fake(
     x: Tensor, values: Tensor, crow: Tensor, col: Tensor, bias: Tensor | None, weight_shape: list[int], *geometry: Any
 ) -> Tensor:
-    return x.new_empty(x.shape[0], weight_shape[0], *_out_size(x.shape[2:], weight_shape[2:], geometry[:3]))
+    return x.new_empty(x.shape[0], weight_shape[0], *out_size(x.shape[2:], weight_shape[2:], geometry[:3]))
 
 
 def _conv_input_fake(
