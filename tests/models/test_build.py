@@ -55,6 +55,7 @@ SIZES = [
     ("resnet-50", {}, 25_557_032),
     ("mobilenet-v1", {}, 4_231_976),
     ("mobilenet-v2", {}, 3_504_872),
+    ("efficientnet-b0", {}, 5_288_548),
     ("gpt", {}, (256 + 128) * 128 + 4 * block(128) + 2 * 128),
     ("gpt", {"tied": False}, (256 + 128 + 256) * 128 + 4 * block(128) + 2 * 128),
     ("gpt", {"num_classes": 50257, "context": 1024, "dim": 768, "depth": 12, "heads": 12}, 124_439_808),  # GPT-2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rarefy.deploy.accelerated import AcceleratedModel, accelerate
 from rarefy.deploy.files import load, save
+from rarefy.deploy.onnx import export_onnx
 from rarefy.deploy.plan import LayerPlan, Plan
 
-__all__ = ["AcceleratedModel", "LayerPlan", "Plan", "accelerate", "load", "save"]
+__all__ = ["AcceleratedModel", "LayerPlan", "Plan", "accelerate", "export_onnx", "load", "save"]

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from rarefy.errors import ModelError, nearest
+from rarefy.models.efficientnet import EfficientNetB0
 from rarefy.models.lenet import LeNet5, LeNet300
 from rarefy.models.mobilenet import MobileNetV1, MobileNetV2
 from rarefy.models.resnet import cifar_resnet, imagenet_resnet
@@ -31,6 +32,7 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet-50": partial(imagenet_resnet, 50),
     "mobilenet-v1": MobileNetV1,
     "mobilenet-v2": MobileNetV2,
+    "efficientnet-b0": EfficientNetB0,
     "gpt": GPT,
     "vit": ViT,
 }
