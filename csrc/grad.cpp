@@ -193,26 +193,31 @@ void ConvTraining::input_gradient(const float* values, const float* dy, std::siz
     const std::lock_guard<std::mutex> lock(turn_);
     backward_.set_values(values);
     const ConvShape &s = shape(), &g = backward_.shape();
-    const std::size_t out_h = s.out_height(), out_w = s.out_width(), planes = batch * s.out_channels;
+    const std::size_t out_h = s.out_height(), out_w = s.out_width();
     const std::size_t cut_h = s.pad_h + g.pad_h - s.dilation_h * (s.kernel_h - 1);
     const std::size_t cut_w = s.pad_w + g.pad_w - s.dilation_w * (s.kernel_w - 1);
     if (s.stride_h == 1 && s.stride_w == 1 && cut_h == 0 && cut_w == 0)
         return backward_.run(dy, batch, dx, nullptr, nullptr, Act::none, threads);
-    // Spread dy out by the stride, and cut what the padding added beyond the kernel's reach.
-    std::vector<float> spread(planes * g.height * g.width);
-    parallel(planes, threads, [&](std::size_t p) {
-        const float* from = dy + p * out_h * out_w;
-        float* to = spread.data() + p * g.height * g.width;
-        for (std::size_t y = 0; y < out_h; ++y) {
-            const std::size_t row = y * s.stride_h;
-            if (row < cut_h || row - cut_h >= g.height) continue;
-            for (std::size_t x = 0; x < out_w; ++x) {
-                const std::size_t column = x * s.stride_w;
-                if (column >= cut_w && column - cut_w < g.width) to[(row - cut_h) * g.width + column - cut_w] = from[y * out_w + x];
+    // Spread dy out by the stride, and cut what the padding added beyond the kernel's reach; some images at a time, whose zeros
+    // between the pixels are written once.
+    const std::size_t image = s.out_channels * g.height * g.width, some = std::max<std::size_t>(1, SPREAD_FLOATS / image);
+    std::vector<float> spread(std::min(some, batch) * image);
+    for (std::size_t first = 0; first < batch; first += some) {
+        const std::size_t images = std::min(some, batch - first);
+        parallel(images * s.out_channels, threads, [&](std::size_t p) {
+            const float* from = dy + (first * s.out_channels + p) * out_h * out_w;
+            float* to = spread.data() + p * g.height * g.width;
+            for (std::size_t y = 0; y < out_h; ++y) {
+                const std::size_t row = y * s.stride_h;
+                if (row < cut_h || row - cut_h >= g.height) continue;
+                for (std::size_t x = 0; x < out_w; ++x) {
+                    const std::size_t column = x * s.stride_w;
+                    if (column >= cut_w && column - cut_w < g.width) to[(row - cut_h) * g.width + column - cut_w] = from[y * out_w + x];
+                }
             }
-        }
-    });
-    backward_.run(spread.data(), batch, dx, nullptr, nullptr, Act::none, threads);
+        });
+        backward_.run(spread.data(), images, dx + first * s.in_channels * s.height * s.width, nullptr, nullptr, Act::none, threads);
+    }
 }
 
 void ConvTraining::values_gradient(const float* x, const float* dy, std::size_t batch, float* out, std::size_t threads) const {

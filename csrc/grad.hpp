@@ -12,6 +12,7 @@
 namespace rarefy {
 
 constexpr std::size_t SAMPLED_VECTORS = 8;
+constexpr std::size_t SPREAD_FLOATS = std::size_t{1} << 19;  // gradients that are spread out by a stride at once: 2 MB
 
 struct SampledKernels {
     // out[i] += dot(dy[m], x[col[i] - first]) for rows m and begin[m] <= i < end[m]; dy and x have rows of V vectors.

@@ -76,6 +76,17 @@ def test_an_even_kernel_padded_to_the_same_size() -> None:
     close(layer(x), twin(layer)(x))
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_gradients_through_a_stride_for_many_images(threads: int) -> None:
+    torch.set_num_threads(threads)  # more images than are spread out at once
+    layer, x = SparseConv2d(3, 8, 3, stride=2, padding=1, sparsity=0.6), torch.randn(37, 3, 64, 64)
+    dense, y = twin(layer), x.clone()
+    weights = torch.randn(37, 8, 32, 32)
+    (layer(x.requires_grad_()) * weights).sum().backward()
+    (dense(y.requires_grad_()) * weights).sum().backward()
+    close(x.grad, y.grad, 1e-4)
+
+
 def test_from_dense_and_back(case: tuple[SparseModule, Tensor]) -> None:
     dense = twin(case[0])
     torch.nn.init.normal_(dense.weight)
