@@ -25,7 +25,7 @@ std::vector<std::size_t> block_ends(const Csr& w, std::size_t columns) {
     const std::size_t fits = l1_bytes() * 15 / 16 / (vectors * lanes * sizeof(float));
     const double full_enough = 9.0 / std::max(density, 1e-6);
     std::size_t size = std::max(fits, static_cast<std::size_t>(full_enough));
-    size = std::clamp<std::size_t>(size, 16, 32768);
+    size = std::clamp<std::size_t>(size, 16, LONGEST_BLOCK);
     const std::size_t blocks = std::max<std::size_t>(1, (w.cols + size - 1) / size);
     std::vector<std::size_t> ends;
     for (std::size_t b = 1; b <= blocks; ++b) ends.push_back(w.cols * b / blocks);
@@ -48,7 +48,7 @@ std::size_t parts_for(const Csr& w, std::size_t threads) {
 Spmm::Spmm(const Csr& w, std::size_t columns, std::size_t threads, For use, Words words)
     : rows_(w.rows), cols_(w.cols), nnz_(static_cast<std::size_t>(w.crow[w.rows])), fits_(fitting_parts(w) == 1) {
     if (use == For::linear_only && columns == 1 && words == Words::float32) vector_.emplace(w);
-    else stream_.emplace(w, block_ends(w, columns), nullptr, packing_for(columns), parts_for(w, threads), words);
+    else stream_.emplace(w, block_ends(w, columns), packing_for(columns), parts_for(w, threads), words);
 }
 
 std::size_t Spmm::most_vectors() const {

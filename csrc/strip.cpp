@@ -65,16 +65,15 @@ Splits splits(std::array<std::size_t, 16> seen, std::size_t groups, std::size_t 
 
 }  // namespace
 
-Stream::Stream(const Csr& w, const std::vector<std::size_t>& ends, const std::uint32_t* offset_of, Packing packing,
-               std::size_t parts, Words words)
+Stream::Stream(const Csr& w, const std::vector<std::size_t>& ends, Packing packing, std::size_t parts, Words words)
     : packing_(packing), words_(words), ends_(ends), first_row_(cut_rows(w, std::max<std::size_t>(parts, 1), 16)) {
     const auto nnz = static_cast<std::size_t>(w.crow[w.rows]);
     offsets_.reserve(nnz);
     order_.reserve(nnz);
     sections_.reserve(this->parts() * blocks());
     for (std::size_t part = 0; part < this->parts(); ++part) {
-        if (packing == Packing::groups) pack_groups(w, part, offset_of);
-        else pack_slices(w, part, offset_of);
+        if (packing == Packing::groups) pack_groups(w, part);
+        else pack_slices(w, part);
     }
     if (w.position != nullptr)
         for (std::uint32_t& at : order_)
@@ -83,7 +82,7 @@ Stream::Stream(const Csr& w, const std::vector<std::size_t>& ends, const std::ui
     if (w.values != nullptr) set_values(w.values);
 }
 
-void Stream::pack_groups(const Csr& w, std::size_t part, const std::uint32_t* offset_of) {
+void Stream::pack_groups(const Csr& w, std::size_t part) {
     struct Column {
         std::uint32_t k, at[GROUP];
         std::uint8_t pattern;
@@ -99,7 +98,8 @@ void Stream::pack_groups(const Csr& w, std::size_t part, const std::uint32_t* of
     std::vector<Group> found(groups);
     std::vector<Column> merged;               // of all groups, one after the other
     std::vector<std::size_t> group_end(groups);
-    std::vector<std::uint32_t> offsets, order;
+    std::vector<std::uint16_t> offsets;
+    std::vector<std::uint32_t> order;
     for (std::size_t block = 0; block < blocks(); ++block) {
         const auto from = static_cast<std::uint32_t>(block_first(block)), end = static_cast<std::uint32_t>(ends_[block]);
         merged.clear();
@@ -141,7 +141,7 @@ void Stream::pack_groups(const Csr& w, std::size_t part, const std::uint32_t* of
                     const auto& use = split[column.pattern];
                     if (use[0] != pattern && use[1] != pattern && use[2] != pattern && use[3] != pattern) continue;
                     ++group.counts[pattern - 1u];
-                    offsets.push_back(offset_of == nullptr ? column.k - from : offset_of[column.k]);
+                    offsets.push_back(static_cast<std::uint16_t>(column.k - from));
                     for (std::size_t r = 0; r < GROUP; ++r)
                         if (pattern >> r & 1) order.push_back(column.at[r]);
                 }
@@ -158,7 +158,7 @@ void Stream::pack_groups(const Csr& w, std::size_t part, const std::uint32_t* of
                 const std::size_t row = group.index * GROUP + r;
                 rows_.push_back(row < count ? static_cast<std::uint32_t>(row) : NO_ROW);
             }
-            const auto copy = [](std::vector<std::uint32_t>& to, const std::vector<std::uint32_t>& all, std::size_t at, std::size_t n) {
+            const auto copy = [](auto& to, const auto& all, std::size_t at, std::size_t n) {
                 const auto begin = all.begin() + static_cast<std::ptrdiff_t>(at);
                 to.insert(to.end(), begin, begin + static_cast<std::ptrdiff_t>(n));
             };
@@ -168,7 +168,7 @@ void Stream::pack_groups(const Csr& w, std::size_t part, const std::uint32_t* of
     }
 }
 
-void Stream::pack_slices(const Csr& w, std::size_t part, const std::uint32_t* offset_of) {
+void Stream::pack_slices(const Csr& w, std::size_t part) {
     const std::size_t first = first_row(part), count = rows(part), slices = (count + SLICE - 1) / SLICE;
     std::vector<std::uint32_t> next(count), stop(count), by_length(count);
     for (std::size_t m = 0; m < count; ++m) next[m] = static_cast<std::uint32_t>(w.crow[first + m]);
@@ -199,7 +199,7 @@ void Stream::pack_slices(const Csr& w, std::size_t part, const std::uint32_t* of
                     const bool used = place < count && next[m] + step < stop[m];
                     const std::uint32_t at = used ? next[m] + step : NO_ROW;
                     const std::uint32_t k = used ? static_cast<std::uint32_t>(w.col[at]) : 0;
-                    offsets_.push_back(!used ? zeros : offset_of == nullptr ? k - from : offset_of[k]);
+                    offsets_.push_back(static_cast<std::uint16_t>(used ? k - from : zeros));
                     order_.push_back(at);
                 }
         }
@@ -212,7 +212,7 @@ void Stream::set_values(const float* values) {
 }
 
 std::size_t Stream::bytes() const {
-    return 2 * counts_.size() + 4 * (rows_.size() + offsets_.size() + order_.size() + values_.size());
+    return 2 * (counts_.size() + offsets_.size()) + 4 * (rows_.size() + order_.size() + values_.size());
 }
 
 void Stream::run(std::size_t part, std::size_t block, const char* x, std::size_t stride, std::size_t vectors,

@@ -31,7 +31,7 @@ struct GroupRun {
     const std::uint16_t* counts;   // [groups][15]: columns of each pattern; bit r of pattern + 1 says that row r uses them
     const std::uint32_t* rows;     // [groups][4]
     std::size_t groups;
-    const std::uint32_t* offsets;  // one per column: times the stride, where its activations lie
+    const std::uint16_t* offsets;  // one per column: its input's place in the block
     const float* values;           // one per nonzero
 };
 
@@ -39,7 +39,7 @@ struct SliceRun {
     const std::uint16_t* steps;    // [slices]
     const std::uint32_t* rows;     // [slices][8]
     std::size_t slices;
-    const std::uint32_t* offsets;  // [step][8]; a row that has ended points at the strip's row of zeros
+    const std::uint16_t* offsets;  // [step][8]; a row that has ended points at the strip's row of zeros
     const float* values;           // [step][8]
 };
 
@@ -53,6 +53,7 @@ struct StripTarget {
     const Epilogue* epilogue;    // null: none; its pointers count from this part's first row and this strip's first column
 };
 
+constexpr std::size_t LONGEST_BLOCK = 32768;  // inputs: places in a block are 16 bits, which halves what indices read
 constexpr std::size_t GROUP = 4, SLICE = 8, MOST_VECTORS = 6, MOST_SLICE_VECTORS = 2;
 
 struct StripLoops {
@@ -88,10 +89,9 @@ enum class Packing { groups, slices };
 
 class Stream {
 public:
-    // `ends`: ascending last inputs (exclusive) of the blocks, the last one w.cols. `offset_of` [cols]: where an input's activations
-    // lie from its strip's base, in strides; null: its place in its block. `parts` contiguous ranges of rows of about equal work.
-    Stream(const Csr& w, const std::vector<std::size_t>& ends, const std::uint32_t* offset_of, Packing packing, std::size_t parts,
-           Words words = Words::float32);
+    // `ends`: ascending last inputs (exclusive) of the blocks, the last one w.cols; none longer than LONGEST_BLOCK. `parts`
+    // contiguous ranges of rows of about equal work.
+    Stream(const Csr& w, const std::vector<std::size_t>& ends, Packing packing, std::size_t parts, Words words = Words::float32);
 
     void set_values(const float* values);  // by the matrix's positions
 
@@ -112,15 +112,15 @@ private:
     struct Section {  // where a (part, block) lies in the arrays
         std::size_t group = 0, offset = 0, value = 0, groups = 0;
     };
-    void pack_groups(const Csr& w, std::size_t part, const std::uint32_t* offset_of);
-    void pack_slices(const Csr& w, std::size_t part, const std::uint32_t* offset_of);
+    void pack_groups(const Csr& w, std::size_t part);
+    void pack_slices(const Csr& w, std::size_t part);
 
     Packing packing_;
     Words words_;
     std::vector<std::size_t> ends_, first_row_;
     std::vector<Section> sections_;  // [part][block]
-    std::vector<std::uint16_t> counts_;
-    std::vector<std::uint32_t> rows_, offsets_, order_;
+    std::vector<std::uint16_t> counts_, offsets_;
+    std::vector<std::uint32_t> rows_, order_;
     std::vector<float> values_;
 };
 

@@ -45,7 +45,7 @@ template <std::size_t V> ALWAYS_INLINE void finish(vf (&a)[V], const StripTarget
 }
 
 template <class Arithmetic, std::size_t V, unsigned PATTERN>
-ALWAYS_INLINE void run_pattern(std::size_t n, const std::uint32_t*& offset, const float*& value, const char* x, std::size_t stride,
+ALWAYS_INLINE void run_pattern(std::size_t n, const std::uint16_t*& offset, const float*& value, const char* x, std::size_t stride,
                                vf (&a)[GROUP][V]) {
     for (; n != 0; --n) {
         const float* at = reinterpret_cast<const float*>(x + *offset++ * stride);
@@ -67,7 +67,7 @@ ALWAYS_INLINE void run_pattern(std::size_t n, const std::uint32_t*& offset, cons
 }
 
 template <class Arithmetic, std::size_t V> void groups(const GroupRun& run, const char* x, std::size_t stride, const StripTarget& t) {
-    const std::uint32_t* offset = run.offsets;
+    const std::uint16_t* offset = run.offsets;
     const float* value = run.values;
     for (std::size_t g = 0; g < run.groups; ++g) {
         const std::uint32_t* rows = run.rows + g * GROUP;
@@ -96,7 +96,7 @@ template <class Arithmetic, std::size_t V> void groups(const GroupRun& run, cons
 }
 
 template <class Arithmetic, std::size_t V> void slices(const SliceRun& run, const char* x, std::size_t stride, const StripTarget& t) {
-    const std::uint32_t* offset = run.offsets;
+    const std::uint16_t* offset = run.offsets;
     const float* value = run.values;
     for (std::size_t s = 0; s < run.slices; ++s) {
         const std::uint32_t* rows = run.rows + s * SLICE;
