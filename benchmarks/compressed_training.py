@@ -3,14 +3,15 @@
     RAREFY_DATA=... python benchmarks/compressed_training.py [--net mlp|resnet-20] [--sparsity 0.95] [--method rigl]
         [--steps 60] [--threads 1 2] [--json FILE]
 
-`mlp` is 784-4000-1000-4000-10 on MNIST, `resnet-20` the CIFAR-10 network; batch 128, SGD with momentum, SET or RigL every 20
-steps here (so that updates are in the measured steps; the usual 100 costs less). Every line is a process of its own.
+`mlp` is 784-4000-1000-4000-10 on MNIST, `resnet-20` the CIFAR-10 network; batch 128, SGD with momentum, SET or RigL
+every 20 steps here (so that updates are in the measured steps; the usual 100 costs less). Every line is a process of
+its own.
 
-step: median of the ordinary steps. update: what a step that rewires costs beyond that. epoch: the steps of one pass over the
-training set, with updates every 100 steps, forward, backward and optimizer (the data are in memory). peak: growth of the
-process's resident memory from before the model was built. Freed memory stays with the process (glibc's thresholds are raised, for
-all three alike): otherwise every large tensor is fetched from the system page by page, which costs more than a sparse
-convolution. `--fresh-pages` leaves that as it is.
+step: median of the ordinary steps. update: what a step that rewires costs beyond that. epoch: the steps of one pass
+over the training set, with updates every 100 steps, forward, backward and optimizer (the data are in memory). peak:
+growth of the process's resident memory from before the model was built. Freed memory stays with the process (glibc's
+thresholds are raised, for all three alike): otherwise every large tensor is fetched from the system page by page,
+which costs more than a sparse convolution. `--fresh-pages` leaves that as it is.
 """
 
 from __future__ import annotations
