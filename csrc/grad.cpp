@@ -204,15 +204,18 @@ void ConvTraining::input_gradient(const float* values, const float* dy, std::siz
     std::vector<float> spread(std::min(some, batch) * image);
     for (std::size_t first = 0; first < batch; first += some) {
         const std::size_t images = std::min(some, batch - first);
-        parallel(images * s.out_channels, threads, [&](std::size_t p) {
-            const float* from = dy + (first * s.out_channels + p) * out_h * out_w;
-            float* to = spread.data() + p * g.height * g.width;
-            for (std::size_t y = 0; y < out_h; ++y) {
-                const std::size_t row = y * s.stride_h;
-                if (row < cut_h || row - cut_h >= g.height) continue;
-                for (std::size_t x = 0; x < out_w; ++x) {
-                    const std::size_t column = x * s.stride_w;
-                    if (column >= cut_w && column - cut_w < g.width) to[(row - cut_h) * g.width + column - cut_w] = from[y * out_w + x];
+        parallel(images, threads, [&](std::size_t i) {
+            for (std::size_t p = i * s.out_channels; p < (i + 1) * s.out_channels; ++p) {
+                const float* from = dy + (first * s.out_channels + p) * out_h * out_w;
+                float* to = spread.data() + p * g.height * g.width;
+                for (std::size_t y = 0; y < out_h; ++y) {
+                    const std::size_t row = y * s.stride_h;
+                    if (row < cut_h || row - cut_h >= g.height) continue;
+                    for (std::size_t x = 0; x < out_w; ++x) {
+                        const std::size_t column = x * s.stride_w;
+                        if (column < cut_w || column - cut_w >= g.width) continue;
+                        to[(row - cut_h) * g.width + column - cut_w] = from[y * out_w + x];
+                    }
                 }
             }
         });

@@ -89,10 +89,14 @@ void Spmm::product(const Pack& pack, const Out& out, std::size_t threads) const 
     const StripKernels& k = strip_kernels();
     const std::size_t lanes = k.lanes, pixels = out.pixels;
     if (out.batch == 0 || pixels == 0 || rows_ == 0) return;
-    for (std::size_t image = 0; image < (out.joined ? 1 : out.batch); ++image) {
+    const std::size_t images = out.joined ? 1 : out.batch;
+    // Enough images: a thread takes whole ones. Few: the threads share out each image's tiles.
+    const bool apart = threads > 1 && (images >= 4 * threads || (images >= threads && images % threads == 0));
+    const std::size_t inside = apart ? 1 : threads;
+    parallel(images, apart ? threads : 1, [&](std::size_t image) {
         float* const y = out.y + image * out.image_step;
         const float* const residual = out.residual == nullptr ? nullptr : out.residual + image * out.image_step;
-        tiles(out.joined ? out.batch * pixels : pixels, threads, [&](const Task& t) {
+        tiles(out.joined ? out.batch * pixels : pixels, inside, [&](const Task& t) {
             const std::size_t width = t.vectors * lanes, tail = t.columns - (t.vectors - 1) * lanes;
             float* const strip = strip_scratch(t.vectors);
             const bool direct = stream_->blocks() == 1 && !out.joined;
@@ -126,7 +130,7 @@ void Spmm::product(const Pack& pack, const Out& out, std::size_t threads) const 
                     k.unpack(sums + c, width, t.rows, n, out.y + to, pixels, epilogue);
                 });
         });
-    }
+    });
 }
 
 void Spmm::planes(const float* x, std::size_t batch, std::size_t pixels, float* y, const float* bias, const float* residual,
