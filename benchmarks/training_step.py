@@ -4,7 +4,7 @@
 
 "oneDNN" is three dense products at the speed of PyTorch's oneDNN linear layer with packed weights, measured here; "torch" is
 F.linear and its autograd; "CSR" is torch.sparse's own. `sparseprop` (IST-DASLab), where installed, runs its raw kernels on
-activations that are feature-major already. Medians in turns, milliseconds.
+activations that are feature-major already; set OMP_NUM_THREADS for it. Medians in turns, milliseconds.
 """
 
 from __future__ import annotations
@@ -38,20 +38,23 @@ def medians(ways: dict[str, Callable[[], object]], seconds: float = 0.04) -> dic
     return {name: statistics.median(found) for name, found in samples.items()}
 
 
-def sparseprop_step(crow, col, values, x, dy):
-    """Return sparseprop's raw forward and backward, or None where it is not installed."""
+def sparseprop_step(
+    crow: torch.Tensor, col: torch.Tensor, values: torch.Tensor, x: torch.Tensor, dy: torch.Tensor
+) -> Callable[[], object] | None:
+    """Return sparseprop's raw forward and backward, or None where its extension module is not installed."""
     try:
-        from sparseprop import backend
-        from sparseprop.backend import sparse_linear_vectorized_backward_stride_1 as backward  # noqa: F401
+        import backend
     except ImportError:
         return None
-    xt, dyt = x.t().contiguous(), dy.t().contiguous()
-    rows, cols = crow.int().contiguous(), col.contiguous()
+    xt, dyt = x.t().contiguous().numpy(), dy.t().contiguous().numpy()
+    rows, cols, v = crow.int().numpy(), col.numpy(), values.numpy()
+    y, dx, dv = torch.zeros(dyt.shape).numpy(), torch.zeros(xt.shape).numpy(), torch.zeros(values.shape).numpy()
 
     def run() -> None:
-        y, dx, dv = torch.zeros_like(dyt), torch.zeros_like(xt), torch.zeros_like(values)
-        backend.sparse_linear_vectorized_forward(xt, rows, cols, values, y)
-        backend.sparse_linear_vectorized_backward(xt, rows, cols, values, dyt, dx, dv)
+        for out in (y, dx, dv):  # its kernels add
+            out.fill(0)
+        backend.sparse_linear_vectorized_forward(xt, rows, cols, v, y)
+        backend.sparse_linear_vectorized_backward(xt, rows, cols, v, dyt, dx, dv)
 
     return run
 
