@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import rarefy
 
-CASES = ("rigl", "branches", "magnitude", "snip")
+CASES = ("rigl", "branches", "magnitude", "snip", "compressed rigl", "compressed branches", "compressed magnitude")
 
 
 class Branches(nn.Sequential):
@@ -39,6 +39,7 @@ def work(rank: int, folder: str) -> None:
 
 
 def train(rank: int, case: str) -> dict[str, dict[str, torch.Tensor]]:
+    storage, case = ("compressed", case.split()[1]) if " " in case else ("masked", case)
     torch.manual_seed(rank)  # ranks that disagree until DistributedDataParallel shares rank 0's weights
     model = Branches() if case == "branches" else nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 5))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -53,6 +54,7 @@ def train(rank: int, case: str) -> dict[str, dict[str, torch.Tensor]]:
         method,
         sparsity=0.7,
         optimizer=optimizer,
+        storage=storage,
         calibration=[batch()] if method == "snip" else None,
         **({"every": 2} if method == "rigl" else {}),
     )
@@ -62,7 +64,10 @@ def train(rank: int, case: str) -> dict[str, dict[str, torch.Tensor]]:
         F.cross_entropy(wrapped(x), y).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return {"masks": sparse.masks(), "weights": model.state_dict()}
+    masks = sparse.masks()
+    if storage == "compressed":
+        sparse.finalize()
+    return {"masks": masks, "weights": model.state_dict()}
 
 
 @pytest.fixture(scope="module")
