@@ -1,10 +1,10 @@
-"""Compressed storage: the same run as on masks, in the memory of the kept weights."""
+"""Compressed storage: only what is kept exists, through saving, resuming, copying, finalizing and failing."""
 
 from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,162 +13,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rarefy
-from rarefy import Sparsifier, kernels
-from rarefy.engine.dense_gradient import BLOCK, DenseGradient
+from rarefy.engine.dense_gradient import BLOCK
 from rarefy.errors import OptionError, PatternError, SelectionError, StateError
 from rarefy.nn import SparseConv2d, SparseLinear, SparseModule
 from tests.engine.common import batch, mlp
-
-Make = Callable[[nn.Module], torch.optim.Optimizer]
-
-
-def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
-
-
-def adamw(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
-
-
-def convnet(seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    return nn.Sequential(
-        nn.Conv2d(3, 12, 3, padding=1, bias=False),
-        nn.BatchNorm2d(12),
-        nn.ReLU(),
-        nn.Conv2d(12, 16, 3, stride=2, padding=1, groups=2),
-        nn.ReLU(),
-        nn.Conv2d(16, 16, 1),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(2),
-        nn.Flatten(),
-        nn.Linear(64, 5),
-    )
-
-
-def images(seed: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(8, 3, 8, 8, generator=generator), torch.randint(5, (8,), generator=generator)
-
-
-NETS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], tuple[Tensor, Tensor]]]] = {
-    "mlp": (mlp, batch),
-    "convnet": (convnet, images),
-}
-METHODS: dict[str, dict[str, Any]] = {
-    "static": {},
-    "set": {"every": 10},
-    "rigl": {"every": 10},
-    "gradual": {"every": 15, "start": 20, "stop": 150, "allocation": "erk"},
-    "magnitude": {"start": 40},
-}
-
-
-def train(
-    net: str, storage: str, make: Make, method: str, steps: int, **options: Any
-) -> tuple[Sparsifier, list[float], torch.optim.Optimizer]:
-    model, data = NETS[net][0](), NETS[net][1]
-    optimizer = make(model)
-    sparse = rarefy.sparsify(
-        model, method, optimizer=optimizer, storage=storage, total_steps=200, seed=3, **{"sparsity": 0.8} | options
-    )
-    dtype = next(model.parameters()).dtype
-    batches = ((x.to(dtype), y) for x, y in map(data, range(steps)))
-    return sparse, [step(sparse.model, optimizer, pair) for pair in batches], optimizer
-
-
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, data: tuple[Tensor, Tensor]) -> float:
-    optimizer.zero_grad()
-    loss = F.cross_entropy(model(data[0]), data[1])
-    loss.backward()
-    optimizer.step()
-    return float(loss.detach())
-
-
-@pytest.fixture
-def double() -> Iterator[None]:
-    """Rounding then decides nothing: in float32 a near tie between two weights to drop may fall the other way."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-def assert_same_run(masked: tuple[Any, ...], compressed: tuple[Any, ...]) -> None:
-    a, b = masked[0], compressed[0]
-    assert a.nnz == b.nnz and a.explored() == b.explored() and a.events == b.events
-    for name, mask in a.masks().items():
-        assert torch.equal(mask, b.layers[name].mask()), name
-        torch.testing.assert_close(a.layers[name].weight(), b.layers[name].weight(), rtol=0, atol=1e-4)
-    torch.testing.assert_close(torch.tensor(masked[1]), torch.tensor(compressed[1]), rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize("make", [sgd, adamw], ids=["sgd", "adamw"])
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("net", NETS)
-@pytest.mark.usefixtures("double")
-def test_the_run_is_the_masked_one(net: str, method: str, make: Make) -> None:
-    runs = [train(net, storage, make, method, 200, **METHODS[method]) for storage in ("masked", "compressed")]
-    assert_same_run(runs[0], runs[1])
-    assert method in ("static", "magnitude") or len(runs[1][0].events) > 20
-
-
-@pytest.mark.parametrize("make", [sgd, adamw], ids=["sgd", "adamw"])
-@pytest.mark.parametrize("method", ["static", "set", "rigl"])
-@pytest.mark.parametrize("net", NETS)
-def test_the_native_run_is_the_masked_one(net: str, method: str, make: Make) -> None:
-    def slower(model: nn.Module) -> torch.optim.Optimizer:
-        optimizer = make(model)
-        optimizer.param_groups[0]["lr"] /= 4
-        return optimizer
-
-    runs = [train(net, storage, slower, method, 200, **METHODS[method]) for storage in ("masked", "compressed")]
-    for name, mask in runs[0][0].masks().items():
-        assert torch.equal(mask, runs[1][0].layers[name].mask()), name
-    torch.testing.assert_close(torch.tensor(runs[0][1]), torch.tensor(runs[1][1]), rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize("method", ["static", "set", "rigl"])
-def test_constant_fan_in_too(method: str) -> None:
-    runs = [train("mlp", s, sgd, method, 60, pattern="fan-in", **METHODS[method]) for s in ("masked", "compressed")]
-    assert_same_run(runs[0], runs[1])
-
-
-def test_snip_too() -> None:
-    runs = [train("mlp", s, sgd, "snip", 30, calibration=[batch(99)]) for s in ("masked", "compressed")]
-    assert_same_run(runs[0], runs[1])
-
-
-def test_blocks_of_rows_find_what_the_whole_gradient_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = [train(net, "compressed", sgd, "rigl", 40, every=5)[0].masks() for net in NETS]
-    monkeypatch.setattr("rarefy.engine.dense_gradient.BLOCK", 37)
-    monkeypatch.setattr("rarefy.engine.compressed.BLOCK", 37)
-    parts = [train(net, "compressed", sgd, "rigl", 40, every=5)[0].masks() for net in NETS]
-    for a, b in zip(whole, parts, strict=True):
-        assert all(torch.equal(a[name], b[name]) for name in a)
-    fan_in = [train("mlp", s, sgd, "set", 20, pattern="fan-in", every=5)[0].masks() for s in ("masked", "compressed")]
-    assert all(torch.equal(fan_in[0][name], fan_in[1][name]) for name in fan_in[0])
-
-
-@pytest.mark.parametrize("shape", [(40, 130), (3, 20_000)])
-def test_the_largest_entries_are_found_block_by_block(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, cols = shape
-    module = SparseLinear(cols, rows, sparsity=0.9)
-    collected = DenseGradient()
-    collected.watch(module)
-    whole = torch.zeros(shape)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(2):  # small integers: exact sums with many ties
-        x, dy = (torch.randint(-2, 3, (2, n), generator=generator).float() for n in (cols, rows))
-        (module(x) * dy).sum().backward()
-        collected.commit(module.values)
-        whole += dy.T @ x
-    besides = torch.randperm(rows * cols, generator=generator)[:500].sort().values
-    scores = whole.abs().view(-1).index_fill(0, besides, -1)
-    for block in (BLOCK, 7 * cols):
-        monkeypatch.setattr("rarefy.engine.dense_gradient.BLOCK", block)
-        for count in (0, 1, 300, 2500):
-            expected = kernels.select_k(scores, count).nonzero().squeeze(1)
-            assert torch.equal(collected.largest(module, count, besides), expected)
+from tests.engine.compressed import (
+    METHODS,
+    adamw,
+    convnet,
+    images,
+    sgd,
+    step,
+    train,
+)
 
 
 def test_only_kept_weights_exist() -> None:
@@ -282,45 +139,6 @@ def test_resume_into_a_dense_model() -> None:
     assert sparse.step_count == 60
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda p: torch.optim.Adagrad(p, lr=0.01, initial_accumulator_value=0.1),
-        lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.9, centered=True),
-        lambda p: torch.optim.Rprop(p, lr=1e-3),
-        lambda p: torch.optim.Adam(p, lr=1e-3, amsgrad=True, foreach=True),
-        lambda p: torch.optim.Adam(p, lr=1e-3, fused=True),
-        lambda p: torch.optim.NAdam(p, lr=1e-3),
-        lambda p: torch.optim.RAdam(p, lr=1e-3),
-        lambda p: torch.optim.Adadelta(p),
-        lambda p: torch.optim.Adamax(p),
-        lambda p: torch.optim.ASGD(p),
-        lambda p: torch.optim.SGD(p, lr=0.05, nesterov=True, momentum=0.9),
-    ],
-)
-@pytest.mark.usefixtures("double")
-def test_every_elementwise_optimizer(make: Callable[[Any], torch.optim.Optimizer]) -> None:
-    runs = [train("mlp", s, lambda m: make(m.parameters()), "rigl", 40, every=8) for s in ("masked", "compressed")]
-    a, b = runs[0][0], runs[1][0]
-    for name, layer in a.layers.items():
-        assert torch.equal(layer.mask(), b.layers[name].mask())
-        torch.testing.assert_close(layer.weight(), b.layers[name].weight(), rtol=0, atol=1e-6)
-
-
-def test_state_that_was_gathered_before_goes_along() -> None:
-    """The model was trained densely for a while: momentum follows its weights into the vector of kept ones."""
-    results = []
-    for storage in ("masked", "compressed"):
-        model = mlp()
-        optimizer = adamw(model)
-        for i in range(5):
-            step(model, optimizer, batch(i))
-        sparse = rarefy.sparsify(model, "magnitude", sparsity=0.7, optimizer=optimizer, storage=storage)
-        losses = [step(model, optimizer, batch(i)) for i in range(30)]
-        results.append((sparse, losses))
-    assert_same_run(results[0], results[1])
-
-
 def test_lbfgs_through_its_closure() -> None:
     model = mlp().eval()
     optimizer = torch.optim.LBFGS(model.parameters(), lr=0.5, max_iter=3)
@@ -335,46 +153,6 @@ def test_lbfgs_through_its_closure() -> None:
 
     first = float(optimizer.step(closure).detach())
     assert float(optimizer.step(closure).detach()) < first and sparse.step_count == 2
-
-
-def test_accumulated_passes_decide_together_and_probing_leaves_no_trace() -> None:
-    def run(storage: str) -> dict[str, Tensor]:
-        model = mlp().eval()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        sparse = rarefy.sparsify(model, "rigl", sparsity=0.8, every=1, optimizer=optimizer, storage=storage)
-        for i in range(6):
-            for j in range(2):
-                x, y = batch(2 * i + j)
-                loss = F.cross_entropy(model(x), y)
-                probe = F.cross_entropy(model(batch(100 + i)[0]), batch(100 + i)[1])
-                torch.autograd.grad(probe * 100, list(model.parameters()))
-                loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=i % 2 == 0)
-        return sparse.masks()
-
-    masked, compressed = run("masked"), run("compressed")
-    assert all(torch.equal(masked[name], compressed[name]) for name in masked)
-
-
-class Twice(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.inner, self.last = nn.Linear(12, 12), nn.Linear(12, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(torch.tanh(self.inner(torch.tanh(self.inner(x)))))
-
-
-def test_a_layer_that_is_used_twice_in_a_pass() -> None:
-    results = []
-    for storage in ("masked", "compressed"):
-        model = Twice()
-        optimizer = sgd(model)
-        sparse = rarefy.sparsify(model, "rigl", sparsity=0.7, every=2, optimizer=optimizer, storage=storage)
-        results.append((sparse, [step(model, optimizer, batch(i)) for i in range(12)]))
-    assert_same_run(results[0], results[1])
 
 
 def test_an_overflow_leaves_the_mask_and_says_so() -> None:
@@ -413,22 +191,6 @@ def test_copies_of_the_model_are_on_their_own() -> None:
         sparse.model.train()
 
 
-def test_compiled_training_follows_eager() -> None:
-    results = []
-    for compiled in (False, True):
-        torch._dynamo.reset()
-        model = mlp()
-        optimizer = sgd(model)
-        sparse = rarefy.sparsify(
-            model, "rigl", sparsity=0.8, every=3, optimizer=optimizer, storage="compressed", total_steps=20
-        )
-        run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
-        results.append(([step(run, optimizer, batch(i)) for i in range(12)], sparse.masks()))
-    torch._dynamo.reset()
-    torch.testing.assert_close(torch.tensor(results[0][0]), torch.tensor(results[1][0]), rtol=1e-4, atol=1e-5)
-    assert all(torch.equal(results[0][1][name], results[1][1][name]) for name in results[0][1])
-
-
 def test_bfloat16_runs() -> None:
     model = mlp().bfloat16()
     optimizer = adamw(model)
@@ -441,11 +203,6 @@ def test_bfloat16_runs() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         for i in range(6):
             F.cross_entropy(sparse.model(batch(i)[0]), batch(i)[1]).backward()
-
-
-def test_flops_are_counted_from_what_is_kept() -> None:
-    reports = [train("convnet", s, sgd, "set", 0)[0].summary(images(0)[0]) for s in ("masked", "compressed")]
-    assert reports[0].rows == reports[1].rows and reports[0].flops == reports[1].flops
 
 
 def tied() -> nn.Module:
