@@ -6,6 +6,7 @@
 #include "bind.hpp"
 #include "isa.hpp"
 #include "ops.hpp"
+#include "pool.hpp"
 
 #ifndef RAREFY_VERSION
 #define RAREFY_VERSION "unknown"
@@ -61,6 +62,9 @@ NB_MODULE(_native, m) {
     m.def("isa", &rarefy::isa, "The instruction set in use.");
     m.def("set_isa", &rarefy::set_isa, nb::arg("name"), "Use another instruction set from now on.");
     m.def("available_isas", &rarefy::available_isas, "The instruction sets that this build and this CPU have, low to high.");
+    m.def("share_threads", [](std::uintptr_t team) { rarefy::share_threads(reinterpret_cast<rarefy::Team>(team)); }, nb::arg("team"),
+          "Share work on the threads of the OpenMP runtime whose GOMP_parallel stands at this address; 0: on our own.");
+    m.def("shares_threads", &rarefy::shares_threads, "Whether work is shared on an OpenMP runtime's threads.");
     m.def("pack_mask", &pack_mask, nb::arg("bools").noconvert(), nb::arg("bits").noconvert(), nb::arg("threads"));
     m.def("unpack_mask", &unpack_mask, nb::arg("bits").noconvert(), nb::arg("bools").noconvert(), nb::arg("threads"));
     m.def("zero_out", &zero_out<std::uint16_t>, nb::arg("x").noconvert(), nb::arg("keep").noconvert(), nb::arg("threads"));

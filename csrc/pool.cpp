@@ -137,6 +137,21 @@ private:
 
 std::atomic<Pool*> pool{nullptr};
 
+// A job for the threads of an OpenMP runtime that somebody else in the process uses already.
+struct Shared {
+    const std::function<void(std::size_t)>& task;
+    const std::size_t tasks;
+    std::atomic<std::size_t> next{0};
+
+    static void work(void* job) {
+        auto& mine = *static_cast<Shared*>(job);
+        for (std::size_t i; (i = mine.next.fetch_add(1, std::memory_order_relaxed)) < mine.tasks;) mine.task(i);
+    }
+};
+
+std::atomic<Team> team{nullptr};
+std::atomic<bool> team_taken{false};
+
 Pool& the_pool() {
     Pool* here = pool.load(std::memory_order_acquire);
     if (here != nullptr) return *here;
@@ -159,10 +174,33 @@ void parallel(std::size_t tasks, std::size_t threads, const std::function<void(s
         for (std::size_t i = 0; i < tasks; ++i) task(i);
         return;
     }
-    the_pool().run(tasks, threads, task);
+    const Team shared = team.load(std::memory_order_acquire);
+    if (shared == nullptr) {
+        the_pool().run(tasks, threads, task);
+    } else if (team_taken.exchange(true, std::memory_order_acquire)) {  // another caller's turn, or a task that calls back
+        for (std::size_t i = 0; i < tasks; ++i) task(i);
+    } else {
+        Shared job{task, tasks};
+        shared(&Shared::work, &job, static_cast<unsigned>(threads), 0);
+        team_taken.store(false, std::memory_order_release);
+    }
 }
 
-Run::Run(std::size_t threads) : pool_(threads > 1 ? &the_pool() : nullptr) {
+void share_threads(Team with) {
+#if defined(__unix__) || defined(__APPLE__)
+    // OpenMP's threads do not survive a fork either, and its runtime does not notice: the child has a pool of its own.
+    static const int registered = pthread_atfork(nullptr, nullptr, [] {
+        team.store(nullptr, std::memory_order_release);
+        team_taken.store(false, std::memory_order_release);
+    });
+    (void)registered;
+#endif
+    team.store(with, std::memory_order_release);
+}
+
+bool shares_threads() { return team.load(std::memory_order_acquire) != nullptr; }
+
+Run::Run(std::size_t threads) : pool_(threads > 1 && !shares_threads() ? &the_pool() : nullptr) {
     if (pool_ != nullptr) static_cast<Pool*>(pool_)->runs.fetch_add(1, std::memory_order_relaxed);
 }
 

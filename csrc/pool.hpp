@@ -1,4 +1,5 @@
-// One small pool of threads that rarefy owns: asleep when idle (soon after a call), sized per call, and born anew in a forked child.
+// Threads to share work among: those of an OpenMP runtime that the process has already, or a small pool that rarefy owns, asleep
+// when idle (soon after a call), sized per call, and born anew in a forked child.
 #pragma once
 #include <cstddef>
 #include <functional>
@@ -8,6 +9,14 @@ namespace rarefy {
 // Calls task(i) once for every i in [0, tasks), on the caller and up to threads - 1 others; returns when all are done.
 // Runs on the caller alone when threads <= 1 or while another caller uses the pool. `task` must not throw.
 void parallel(std::size_t tasks, std::size_t threads, const std::function<void(std::size_t)>& task);
+
+// How an OpenMP runtime runs a function on a team of threads, the caller among them (`GOMP_parallel` of GCC's and Intel's).
+using Team = void (*)(void (*work)(void*), void* job, unsigned threads, unsigned flags);
+
+// From now on work is shared out on that runtime's threads (null: on our own). Its threads wait for work by spinning for a while:
+// a second pool beside it would run against them for the same cores.
+void share_threads(Team with);
+bool shares_threads();
 
 // While one lives, many short calls of `parallel` are to come: workers look out for the next for longer before they sleep.
 class Run {

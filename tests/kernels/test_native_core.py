@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from rarefy import kernels
+from rarefy.kernels import native as native_module
 from rarefy.kernels.native import native
 
 LEVELS = native.available_isas()
@@ -106,6 +107,33 @@ def test_no_second_openmp_runtime_is_loaded() -> None:
     done = run_python("import torch; from rarefy import kernels as k; " + use + runtimes)
     assert len(done.stdout.splitlines()) == 1, (done.stdout, done.stderr)
     assert run_python("import torch; " + runtimes).stdout == done.stdout
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+@pytest.mark.parametrize("policy", ["", "passive"])
+def test_work_is_shared_on_pytorchs_own_threads(policy: str) -> None:
+    """No thread beside PyTorch's: two pools that spin would run against each other for the same cores."""
+    code = (
+        "import os, torch; from rarefy import kernels as k; from rarefy.kernels.native import native\n"
+        "torch.set_num_threads(3); x = torch.randn(2_000_000); x.mul(2).add(1); before = len(os.listdir('/proc/self/task'))\n"
+        "for _ in range(50): k.select_k(x, 1000)\n"
+        "print(native.shares_threads(), len(os.listdir('/proc/self/task')) - before)"
+    )
+    done = run_python(code, OMP_WAIT_POLICY=policy)
+    # with the passive policy PyTorch's threads sleep, and a pool that looks out for a moment starts work sooner
+    assert done.stdout.split() == (["False", "2"] if policy else ["True", "0"]), (done.stdout, done.stderr)
+
+
+def test_threads_may_be_shared_or_not() -> None:
+    shared = native.shares_threads()
+    team = native_module._openmp_team()
+    try:
+        for address in (0, team):
+            native.share_threads(address)
+            assert native.shares_threads() == bool(address)
+            assert use_every_kernel()
+    finally:
+        native.share_threads(team if shared else 0)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads an ELF file's dependencies")

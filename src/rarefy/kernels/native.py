@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+from pathlib import Path
 from typing import TypedDict
 
 import torch
@@ -25,6 +28,26 @@ class NativeConfig(TypedDict):
     compiler: str
     threads: int
     version: str
+
+
+def _openmp_team() -> int:
+    """Return the address of `GOMP_parallel` in the OpenMP runtime that PyTorch runs on, or 0 where there is none to share.
+
+    A runtime that is told to wait passively does not spin, so nothing is gained by sharing it, and every start would cost a
+    wake-up: our own pool serves better there.
+    """
+    if os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive" or not hasattr(os, "RTLD_NOLOAD"):
+        return 0
+    try:
+        library = ctypes.CDLL(
+            str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"), os.RTLD_NOLOAD | os.RTLD_NOW
+        )
+        return ctypes.cast(library.GOMP_parallel, ctypes.c_void_p).value or 0
+    except (OSError, AttributeError):  # another build of PyTorch: another library, or another runtime
+        return 0
+
+
+native.share_threads(_openmp_team())
 
 
 def threads() -> int:
