@@ -59,9 +59,7 @@ def once(run) -> float:
     return time.perf_counter() - start
 
 
-def measure(
-    name: str, sparsity: float, erk: bool, batch: int, threads: int, peers: list[Peer], rounds: int
-) -> dict[str, float]:
+def measure(name: str, sparsity: float, erk: bool, batch: int, peers: list[Peer], rounds: int) -> dict[str, float]:
     """Return milliseconds by way."""
     model = network(name, sparsity, erk)
     x = torch.randn(batch, 3, 224, 224)

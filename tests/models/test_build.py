@@ -56,6 +56,7 @@ SIZES = [
     ("mobilenet-v1", {}, 4_231_976),
     ("mobilenet-v2", {}, 3_504_872),
     ("efficientnet-b0", {}, 5_288_548),
+    ("squeezenet", {}, 1_248_424),
     ("gpt", {}, (256 + 128) * 128 + 4 * block(128) + 2 * 128),
     ("gpt", {"tied": False}, (256 + 128 + 256) * 128 + 4 * block(128) + 2 * 128),
     ("gpt", {"num_classes": 50257, "context": 1024, "dim": 768, "depth": 12, "heads": 12}, 124_439_808),  # GPT-2
@@ -137,7 +138,8 @@ def test_width_scales_hidden_units_only(name: str) -> None:
     else:
         first = next(key for key in matrices if key not in ("token", "position"))
         assert full[first].shape[1:] == half[first].shape[1:] and half[first].shape[0] == full[first].shape[0] // 2
-        assert half[matrices[-1]].shape == (full[matrices[-1]].shape[0], full[matrices[-1]].shape[1] // 2)
+        last = full[matrices[-1]].shape
+        assert half[matrices[-1]].shape[:2] == (last[0], last[1] // 2)
     assert all(full[key].shape[2:] == half[key].shape[2:] for key in matrices if full[key].dim() == 4)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,26 @@ def test_lenets_of_dynamic_network_surgery(name: str, wrong: int, kept: int) -> 
     assert len(y) == 10_000
     assert 10_000 - right(model, x.float().reshape(-1, 1, 28, 28) / 256, y, 1000) == wrong
     assert 10_000 - wrong == round(models.PUBLISHED[name].accuracy * 10_000)
+
+
+def test_squeezenet_of_deep_compression() -> None:
+    model = load("squeezenet-imagenet-pruned")
+    weights = [p for name, p in model.named_parameters() if name.endswith("weight")]
+    assert sum(w.numel() for w in weights) == 1_244_448
+    assert sum(int(w.count_nonzero()) for w in weights) == 415_921
+    image = pytest.importorskip("PIL.Image")
+    archive = Path(os.environ["RAREFY_DATA"]) / "imagenet-100" / "images.tar"
+    if not archive.is_file():
+        pytest.skip("the sample images are not here")
+    with tarfile.open(archive) as tar:
+        names = tar.getnames()
+        images = [image.open(tar.extractfile(name)).convert("RGB").crop((14, 14, 241, 241)) for name in names]
+    x = torch.stack([torch.tensor(list(i.tobytes()), dtype=torch.uint8).view(227, 227, 3) for i in images])
+    x = x.flip(3).permute(0, 3, 1, 2).float() - torch.tensor([104.0, 117, 123]).view(3, 1, 1)
+    labels = torch.tensor([int(name[:3]) for name in names])
+    with torch.inference_mode():
+        best = torch.cat([model(part) for part in x.split(20)]).topk(5).indices
+    assert int((best[:, 0] == labels).sum()) == 71 and int((best == labels[:, None]).sum()) == 89
 
 
 def test_the_callers_random_numbers_stay() -> None:

@@ -15,6 +15,7 @@ from rarefy.models.efficientnet import EfficientNetB0
 from rarefy.models.lenet import LeNet5, LeNet300
 from rarefy.models.mobilenet import MobileNetV1, MobileNetV2
 from rarefy.models.resnet import cifar_resnet, imagenet_resnet
+from rarefy.models.squeezenet import SqueezeNet
 from rarefy.models.transformer import GPT, ViT
 from rarefy.models.vgg import VGG19
 from rarefy.models.wide_resnet import WideResNet
@@ -33,6 +34,7 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
     "mobilenet-v1": MobileNetV1,
     "mobilenet-v2": MobileNetV2,
     "efficientnet-b0": EfficientNetB0,
+    "squeezenet": SqueezeNet,
     "gpt": GPT,
     "vit": ViT,
 }

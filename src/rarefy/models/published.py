@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,10 +25,11 @@ _IMAGENET = "pixel / 255, then ImageNet's mean (0.485, 0.456, 0.406) and standar
 
 @dataclass(frozen=True)
 class Published:
-    """One published weight file: our `model` that it fits, its place below the data folder, and what it reaches.
+    """One published weight file: our `model` (with `options`) that it fits, its place below the data folder, what it reaches.
 
-    `accuracy` is the fraction of `dataset`'s 10,000 test images that is right with inputs prepared as `inputs` says.
+    `accuracy` is the fraction of `dataset`'s test images that is right with inputs prepared as `inputs` says.
     `url` is None where the source offers another container only (the npz files hold the arrays of caffemodels).
+    `rename` turns the file's parameter names into ours.
     """
 
     model: str
@@ -37,6 +40,8 @@ class Published:
     inputs: str
     source: str
     url: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    rename: Callable[[str], str] = str
 
 
 def _cifar(depth: int, tag: str, digest: str, accuracy: float) -> Published:
@@ -50,6 +55,7 @@ def _cifar(depth: int, tag: str, digest: str, accuracy: float) -> Published:
         inputs=_IMAGENET,
         source="akamaster/pytorch_resnet_cifar10 (BSD-2)",
         url=_AKAMASTER + name,
+        rename=lambda key: key.removeprefix("module.").replace("linear.", "fc."),
     )
 
 
@@ -62,7 +68,21 @@ def _surgery(model: str, name: str, digest: str, accuracy: float) -> Published:
         accuracy=accuracy,
         inputs="pixel / 256",
         source="yiwenguo/Dynamic-Network-Surgery (BSD-2; Guo et al. 2016, arXiv:1608.04493)",
+        rename=lambda key: key.replace("ip", "fc"),
     )
+
+
+_FIRES = dict(zip(range(2, 10), (3, 4, 5, 7, 8, 9, 10, 12), strict=True))  # Caffe's number -> place in `features`
+_PARTS = {"conv1x1_1": "squeeze", "conv1x1_2": "expand1x1", "conv3x3_2": "expand3x3"}
+
+
+def _squeezenet_name(key: str) -> str:
+    """Return our name of a parameter of Caffe's SqueezeNet."""
+    layer, _, last = key.rpartition(".")
+    if not layer.startswith("fire"):
+        return {"conv1": "features.0", "conv_final": "classifier.1"}[layer] + f".{last}"
+    fire, _, part = layer.partition("/")
+    return f"features.{_FIRES[int(fire.removeprefix('fire'))]}.{_PARTS[part]}.{last}"
 
 
 PUBLISHED: dict[str, Published] = {
@@ -89,6 +109,17 @@ PUBLISHED: dict[str, Published] = {
     ),
     "lenet-5-mnist-pruned": _surgery(
         "lenet-5", "lenet5_sparse", "722f95222b8d3edaecadf2ae46d40dd4a25cb73f477d4e97248b6e118d074194", 0.9909
+    ),
+    "squeezenet-imagenet-pruned": Published(
+        model="squeezenet",
+        file="weights/squeezenet-deep-compression/decoded.npz",
+        sha256="daa6da2dd9beb71bd431e790f956f47af3ad1a5c58a5365d834421d07f1dee09",
+        dataset="imagenet-sample-images (1,000 training images, one a class)",
+        accuracy=0.624,
+        inputs="blue, green, red pixels minus (104, 117, 123), 227 x 227",
+        source="songhan/SqueezeNet-Deep-Compression (BSD; Han et al. 2016, arXiv:1510.00149)",
+        options={"pad_classifier": True},
+        rename=_squeezenet_name,
     ),
 }
 
@@ -138,7 +169,6 @@ def load_published(name: str, path: str | os.PathLike[str] | None = None) -> nn.
     entry = PUBLISHED[name]
     state = _read(_find(name, entry, path))
     with torch.random.fork_rng(devices=[]):  # the initial weights are replaced: leave the caller's random numbers alone
-        model = build(entry.model)
-    renamed = {key.removeprefix("module.").replace("linear.", "fc.").replace("ip", "fc"): t for key, t in state.items()}
-    model.load_state_dict(renamed)
+        model = build(entry.model, **entry.options)
+    model.load_state_dict({entry.rename(key): t for key, t in state.items()})
     return model.eval()
