@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from peers import Peer, installed
+from rarefy.bench import ceilings
 from rarefy.kernels import sparse_layers
 from rarefy.kernels.native import native
 
@@ -139,8 +140,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     names = [name for name in args.peers if name in installed() and not (name == "scipy" and args.threads > 1)]
-    peak = 244.0 * args.threads
-    print(f"{native.isa()}, {args.threads} thread(s), peers: {', '.join(names) or 'none'}")
+    peak = ceilings(args.threads).gflops
+    print(f"{native.isa()}, {args.threads} thread(s), {peak:.0f} GFLOP/s at most, peers: {', '.join(names) or 'none'}")
     with ExitStack() as stack:
         peers = [stack.enter_context(Peer(name, args.threads)) for name in names]
         for shape in args.shapes:
