@@ -85,7 +85,7 @@ void unpack(const float* c, std::size_t width, std::size_t rows, std::size_t n, 
 }  // namespace
 
 const StripKernels strip{LANES,
-                         WIDEST,
+                         {WIDEST, WIDEST_QUAD, MOST_SLICE_VECTORS},
                          loops<Float>(),
                          &pack,
                          &pack_transposed,

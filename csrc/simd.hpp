@@ -26,6 +26,9 @@ inline vf max(vf a, vf b) { return _mm512_max_ps(a, b); }
 inline vf min(vf a, vf b) { return _mm512_min_ps(a, b); }
 inline float sum(vf a) { return _mm512_reduce_add_ps(a); }
 // The first n < LANES floats; the rest is zero, and is neither read nor written.
+// Four floats in every part of four lanes, and a vector full of one of them: a shuffle, where loads are what is scarce.
+inline vf load_four(const float* p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
+template <int I> inline vf spread(vf four) { return _mm512_permute_ps(four, I * 0x55); }
 inline vf load_first(const float* p, std::size_t n) { return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1u), p); }
 inline vf load_first(const float* p, std::size_t n, vf rest) {
     return _mm512_mask_loadu_ps(rest, static_cast<__mmask16>((1u << n) - 1u), p);
@@ -50,6 +53,8 @@ inline vf add(vf a, vf b) { return _mm256_add_ps(a, b); }
 inline vf mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
 inline vf max(vf a, vf b) { return _mm256_max_ps(a, b); }
 inline vf min(vf a, vf b) { return _mm256_min_ps(a, b); }
+inline vf load_four(const float* p) { return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p)); }
+template <int I> inline vf spread(vf four) { return _mm256_permute_ps(four, I * 0x55); }
 #elif defined(__SSE2__)
 constexpr std::size_t LANES = 4, REGISTERS = 16;
 using vf = __m128;
@@ -62,6 +67,8 @@ inline vf add(vf a, vf b) { return _mm_add_ps(a, b); }
 inline vf mul(vf a, vf b) { return _mm_mul_ps(a, b); }
 inline vf max(vf a, vf b) { return _mm_max_ps(a, b); }
 inline vf min(vf a, vf b) { return _mm_min_ps(a, b); }
+inline vf load_four(const float* p) { return _mm_loadu_ps(p); }
+template <int I> inline vf spread(vf four) { return _mm_shuffle_ps(four, four, I * 0x55); }
 #elif defined(__ARM_NEON)
 constexpr std::size_t LANES = 4, REGISTERS = 32;
 using vf = float32x4_t;
@@ -74,6 +81,8 @@ inline vf add(vf a, vf b) { return vaddq_f32(a, b); }
 inline vf mul(vf a, vf b) { return vmulq_f32(a, b); }
 inline vf max(vf a, vf b) { return vmaxq_f32(a, b); }
 inline vf min(vf a, vf b) { return vminq_f32(a, b); }
+inline vf load_four(const float* p) { return vld1q_f32(p); }
+template <int I> inline vf spread(vf four) { return vdupq_laneq_f32(four, I); }
 #else
 #error "no vector instructions are known for this architecture"
 #endif

@@ -9,56 +9,78 @@
 namespace rarefy {
 namespace {
 
-constexpr std::size_t VECTORS = 4;                          // of a tile, where there are columns enough
 constexpr std::size_t TILE_BYTES = std::size_t{768} << 10;  // partial sums stay in the second cache
+constexpr std::size_t FEW_USES = 8;  // nonzeros an input up to which packing an activation costs more than it saves
 
-Packing packing_for(std::size_t columns) {
-    return columns <= MOST_SLICE_VECTORS * strip_kernels().lanes ? Packing::slices : Packing::groups;
+// How many vectors a tile has, where there are columns enough, and at most.
+std::size_t usual_vectors(Packing packing) {
+    const std::size_t most = packing == Packing::slices ? MOST_SLICE_VECTORS : packing == Packing::quads ? 3 : 4;
+    return std::min(most, strip_kernels().vectors[static_cast<int>(packing)]);
+}
+std::size_t most_vectors(Packing packing) {
+    const std::size_t usual = usual_vectors(packing);
+    return packing == Packing::slices ? usual : std::min(usual + 1, strip_kernels().vectors[static_cast<int>(packing)]);
+}
+
+double density_of(const Csr& w) {
+    const double all = static_cast<double>(w.rows) * static_cast<double>(w.cols);
+    return all == 0 ? 1.0 : std::max(static_cast<double>(w.crow[w.rows]) / all, 1e-6);
+}
+
+// Where many rows use each column, loads are shared between them. Where few do, there is little to share: four rows in step have no
+// branches to predict. And where hardly any do, activations are read where they lie, which only the first can.
+Packing packing_for(const Csr& w, std::size_t columns) {
+    if (columns <= MOST_SLICE_VECTORS * strip_kernels().lanes) return Packing::slices;
+    const bool packs = static_cast<std::size_t>(w.crow[w.rows]) > FEW_USES * w.cols;
+    return packs && density_of(w) < 0.22 ? Packing::quads : Packing::groups;
 }
 
 // A block's strip fits the first cache; where the weights are so sparse that a row has few nonzeros in it, loading and storing
 // the partial sums would cost more than the second cache does, and blocks are longer.
-std::vector<std::size_t> block_ends(const Csr& w, std::size_t columns) {
-    const std::size_t lanes = strip_kernels().lanes, vectors = std::clamp<std::size_t>((columns + lanes - 1) / lanes, 1, VECTORS);
-    const auto nnz = static_cast<double>(w.crow[w.rows]);
-    const double density = w.rows * w.cols == 0 ? 1.0 : nnz / static_cast<double>(w.rows) / static_cast<double>(w.cols);
-    const std::size_t fits = l1_bytes() * 15 / 16 / (vectors * lanes * sizeof(float));
-    const double full_enough = 9.0 / std::max(density, 1e-6);
+std::vector<std::size_t> block_ends(const Csr& w, std::size_t columns, Packing packing) {
+    const std::size_t lanes = strip_kernels().lanes;
+    const std::size_t vectors = std::clamp<std::size_t>((columns + lanes - 1) / lanes, 1, usual_vectors(packing));
+    const bool quads = packing == Packing::quads;
+    const std::size_t fits = (quads ? l1_bytes() * 9 / 8 : l1_bytes() * 15 / 16) / (vectors * lanes * sizeof(float));
+    const double full_enough = (quads ? 25.0 : 9.0) / density_of(w);
     std::size_t size = std::max(fits, static_cast<std::size_t>(full_enough));
     size = std::clamp<std::size_t>(size, 16, LONGEST_BLOCK);
-    const std::size_t blocks = std::max<std::size_t>(1, (w.cols + size - 1) / size);
+    const std::size_t over = quads ? size * 3 / 4 : size - 1;
+    std::size_t blocks = std::max<std::size_t>(1, (w.cols + over) / size);
+    blocks = std::max(blocks, (w.cols + LONGEST_BLOCK - 1) / LONGEST_BLOCK);
     std::vector<std::size_t> ends;
     for (std::size_t b = 1; b <= blocks; ++b) ends.push_back(w.cols * b / blocks);
     return ends;
 }
 
 // So many parts that each one's partial sums fit the second cache; but every part packs its own strips, which must pay.
-std::size_t fitting_parts(const Csr& w) {
-    const std::size_t bytes = w.rows * VECTORS * strip_kernels().lanes * sizeof(float);
+std::size_t fitting_parts(const Csr& w, Packing packing) {
+    const std::size_t bytes = w.rows * usual_vectors(packing) * strip_kernels().lanes * sizeof(float);
     const std::size_t pay = static_cast<std::size_t>(w.crow[w.rows]) / (8 * std::max<std::size_t>(w.cols, 1));
     return std::clamp<std::size_t>((bytes + TILE_BYTES - 1) / TILE_BYTES, 1, std::max<std::size_t>(pay, 1));
 }
 
-std::size_t parts_for(const Csr& w, std::size_t threads) {
-    return std::max<std::size_t>(fitting_parts(w), threads > 1 && w.rows >= 32 ? threads : 1);
+std::size_t parts_for(const Csr& w, std::size_t threads, Packing packing) {
+    return std::max<std::size_t>(fitting_parts(w, packing), threads > 1 && w.rows >= 32 ? threads : 1);
 }
 
 }  // namespace
 
 Spmm::Spmm(const Csr& w, std::size_t columns, std::size_t threads, For use, Words words)
-    : rows_(w.rows), cols_(w.cols), nnz_(static_cast<std::size_t>(w.crow[w.rows])), fits_(fitting_parts(w) == 1) {
-    if (use == For::linear_only && columns == 1 && words == Words::float32) vector_.emplace(w);
-    else stream_.emplace(w, block_ends(w, columns), packing_for(columns), parts_for(w, threads), words);
-}
-
-std::size_t Spmm::most_vectors() const {
-    return stream_->packing() == Packing::slices ? MOST_SLICE_VECTORS : std::min(VECTORS + 1, strip_kernels().vectors);
+    : rows_(w.rows), cols_(w.cols), nnz_(static_cast<std::size_t>(w.crow[w.rows])) {
+    if (use == For::linear_only && columns == 1 && words == Words::float32) {
+        vector_.emplace(w);
+        return;
+    }
+    const Packing packing = packing_for(w, columns);
+    fits_ = fitting_parts(w, packing) == 1;
+    stream_.emplace(w, block_ends(w, columns, packing), packing, parts_for(w, threads, packing), words);
 }
 
 // Cuts the columns into tiles of nearly equal width and, where these are too few for the threads, the rows too.
 void Spmm::tiles(std::size_t columns, std::size_t threads, const std::function<void(const Task&)>& work) const {
-    const std::size_t lanes = strip_kernels().lanes, vectors = (columns + lanes - 1) / lanes, most = most_vectors();
-    const std::size_t usual = std::min(VECTORS, most);
+    const std::size_t lanes = strip_kernels().lanes, vectors = (columns + lanes - 1) / lanes;
+    const std::size_t usual = usual_vectors(stream_->packing()), most = most_vectors(stream_->packing());
     std::size_t count = std::max((vectors + most - 1) / most, (vectors + usual / 2) / usual);
     count = std::max<std::size_t>(count, 1);
     const std::size_t parts = stream_->parts();
@@ -81,7 +103,7 @@ float* Spmm::strip_scratch(std::size_t vectors) const {
 }
 
 bool Spmm::joins(std::size_t batch, std::size_t pixels) const {
-    const std::size_t tile = VECTORS * strip_kernels().lanes;
+    const std::size_t tile = 4 * strip_kernels().lanes;
     return batch > 1 && pixels < 4 * tile && pixels % tile != 0;
 }
 
@@ -104,7 +126,7 @@ void Spmm::product(const Pack& pack, const Out& out, std::size_t threads) const 
             for (std::size_t b = 0; b < stream_->blocks(); ++b) {
                 const std::size_t size = stream_->block_size(b);
                 const Place place = pack(image, t, stream_->block_first(b), size, strip, width);
-                if (stream_->packing() == Packing::slices) std::fill(strip + size * width, strip + (size + 1) * width, 0.0f);
+                if (in_step(stream_->packing())) std::fill(strip + size * width, strip + (size + 1) * width, 0.0f);
                 for (std::size_t part = t.part; part < t.part_end; ++part) {
                     const std::size_t row = stream_->first_row(part);
                     float* const partial = direct ? nullptr : sums + (row - t.row) * width;
@@ -140,7 +162,7 @@ void Spmm::planes(const float* x, std::size_t batch, std::size_t pixels, float* 
     // Reading activations where they lie saves the packing, which few nonzeros an input do not pay for; but planes whose distance
     // is a multiple of a large power of two fall into the same few lines of the cache.
     const std::size_t uses = nnz_ / std::max<std::size_t>(cols_, 1), distance = pixels * sizeof(float);
-    const bool in_place = stream_->packing() == Packing::groups && uses <= 8 && distance % 1024 != 0;
+    const bool in_place = stream_->packing() == Packing::groups && uses <= FEW_USES && distance % 1024 != 0;
     const Pack whole = [&](std::size_t image, const Task& t, std::size_t first, std::size_t size, float* strip, std::size_t width) {
         const float* const from = x + (image * cols_ + first) * pixels + t.column;
         if (in_place && t.columns == width) return Place{reinterpret_cast<const char*>(from), distance};
@@ -175,7 +197,7 @@ void Spmm::linear(const float* x, std::size_t x_ld, std::size_t n, float* y, std
         for (std::size_t b = 0; b < stream_->blocks(); ++b) {
             const std::size_t first = stream_->block_first(b), size = stream_->block_size(b);
             k.pack_transposed(x + t.column * x_ld + first, x_ld, size, t.columns, strip, width);
-            if (stream_->packing() == Packing::slices) std::fill(strip + size * width, strip + (size + 1) * width, 0.0f);
+            if (in_step(stream_->packing())) std::fill(strip + size * width, strip + (size + 1) * width, 0.0f);
             for (std::size_t part = t.part; part < t.part_end; ++part) {
                 float* const partial = sums + (stream_->first_row(part) - t.row) * width;
                 stream_->run(part, b, reinterpret_cast<const char*>(strip), width * sizeof(float), t.vectors,

@@ -70,11 +70,10 @@ public:
 
 private:
     void tiles(std::size_t columns, std::size_t threads, const std::function<void(const Task&)>& work) const;
-    std::size_t most_vectors() const;
     float* strip_scratch(std::size_t vectors) const;
 
     std::size_t rows_, cols_, nnz_;
-    bool fits_;  // one tile's partial sums of all rows fit the second cache
+    bool fits_ = true;  // one tile's partial sums of all rows fit the second cache
     std::optional<Spmv> vector_;  // this
     std::optional<Stream> stream_;  // or this
 };

@@ -73,7 +73,7 @@ Stream::Stream(const Csr& w, const std::vector<std::size_t>& ends, Packing packi
     sections_.reserve(this->parts() * blocks());
     for (std::size_t part = 0; part < this->parts(); ++part) {
         if (packing == Packing::groups) pack_groups(w, part);
-        else pack_slices(w, part);
+        else pack_slices(w, part, packing == Packing::quads ? QUAD : SLICE);
     }
     if (w.position != nullptr)
         for (std::uint32_t& at : order_)
@@ -168,8 +168,8 @@ void Stream::pack_groups(const Csr& w, std::size_t part) {
     }
 }
 
-void Stream::pack_slices(const Csr& w, std::size_t part) {
-    const std::size_t first = first_row(part), count = rows(part), slices = (count + SLICE - 1) / SLICE;
+void Stream::pack_slices(const Csr& w, std::size_t part, std::size_t height) {
+    const std::size_t first = first_row(part), count = rows(part), slices = (count + height - 1) / height;
     std::vector<std::uint32_t> next(count), stop(count), by_length(count);
     for (std::size_t m = 0; m < count; ++m) next[m] = static_cast<std::uint32_t>(w.crow[first + m]);
     for (std::size_t block = 0; block < blocks(); ++block) {
@@ -186,15 +186,15 @@ void Stream::pack_slices(const Csr& w, std::size_t part) {
         const std::uint32_t zeros = end - from;  // the strip's last row
         for (std::size_t s = 0; s < slices; ++s) {
             std::uint32_t steps = 0;
-            for (std::size_t r = 0; r < SLICE; ++r) {
-                const std::size_t at = s * SLICE + r;
+            for (std::size_t r = 0; r < height; ++r) {
+                const std::size_t at = s * height + r;
                 rows_.push_back(at < count ? by_length[at] : NO_ROW);
                 if (at < count) steps = std::max(steps, stop[by_length[at]] - next[by_length[at]]);
             }
             counts_.push_back(static_cast<std::uint16_t>(steps));
             for (std::uint32_t step = 0; step < steps; ++step)
-                for (std::size_t r = 0; r < SLICE; ++r) {
-                    const std::size_t place = s * SLICE + r;
+                for (std::size_t r = 0; r < height; ++r) {
+                    const std::size_t place = s * height + r;
                     const std::uint32_t m = place < count ? by_length[place] : 0;
                     const bool used = place < count && next[m] + step < stop[m];
                     const std::uint32_t at = used ? next[m] + step : NO_ROW;
@@ -224,10 +224,11 @@ void Stream::run(std::size_t part, std::size_t block, const char* x, std::size_t
                            values_.data() + s.value},
                           x, stride, target);
     } else {
-        // counts_ holds one number a slice here, rows_ eight
-        k.slices[vectors]({counts_.data() + s.group, rows_.data() + s.group * SLICE, s.groups, offsets_.data() + s.offset,
-                           values_.data() + s.value},
-                          x, stride, target);
+        // counts_ holds one number a slice here, rows_ as many as it is high
+        const bool quads = packing_ == Packing::quads;
+        (quads ? k.quads : k.slices)[vectors]({counts_.data() + s.group, rows_.data() + s.group * (quads ? QUAD : SLICE), s.groups,
+                                               offsets_.data() + s.offset, values_.data() + s.value},
+                                              x, stride, target);
     }
 }
 

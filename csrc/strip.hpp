@@ -4,7 +4,8 @@
 // for the first cache. A Stream is a sparse weight packed once for blocks of inputs. The load ports are what limits such a
 // product, so the weights are packed in groups of four rows: within a group and a block, columns are sorted by which of the four
 // rows use them (15 patterns), and one load of activations serves up to four rows. Each pattern is a straight run without
-// branches. For few columns (V <= 2) latency is the limit instead: slices of eight rows take one weight each per step.
+// branches. Where few rows share a column, the badly predicted ends of short runs cost more than loads: there four rows of like
+// lengths go in step, a weight of each at a time (quads). For few columns (V <= 2) latency is the limit: eight rows (slices).
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -35,12 +36,12 @@ struct GroupRun {
     const float* values;           // one per nonzero
 };
 
-struct SliceRun {
+struct SliceRun {  // of R rows
     const std::uint16_t* steps;    // [slices]
-    const std::uint32_t* rows;     // [slices][8]
+    const std::uint32_t* rows;     // [slices][R]
     std::size_t slices;
-    const std::uint16_t* offsets;  // [step][8]; a row that has ended points at the strip's row of zeros
-    const float* values;           // [step][8]
+    const std::uint16_t* offsets;  // [step][R]; a row that has ended points at the strip's row of zeros
+    const float* values;           // [step][R]
 };
 
 // Where results come from and go to: row m starts at from + m * from_ld (null: from zero) and to + m * to_ld.
@@ -53,16 +54,24 @@ struct StripTarget {
     const Epilogue* epilogue;    // null: none; its pointers count from this part's first row and this strip's first column
 };
 
+// groups: of four rows, by pattern. quads, slices: four or eight rows in step, for many and for few columns.
+enum class Packing { groups, quads, slices };
+
+// Whether a strip needs a row of zeros behind its inputs.
+inline bool in_step(Packing packing) { return packing != Packing::groups; }
+
 constexpr std::size_t LONGEST_BLOCK = 32768;  // inputs: places in a block are 16 bits, which halves what indices read
-constexpr std::size_t GROUP = 4, SLICE = 8, MOST_VECTORS = 6, MOST_SLICE_VECTORS = 2;
+constexpr std::size_t GROUP = 4, SLICE = 8, QUAD = 4, MOST_VECTORS = 5, MOST_QUAD_VECTORS = 4, MOST_SLICE_VECTORS = 2;
 
 struct StripLoops {
     void (*groups[MOST_VECTORS + 1])(const GroupRun&, const char* x, std::size_t stride, const StripTarget&);
+    void (*quads[MOST_QUAD_VECTORS + 1])(const SliceRun&, const char* x, std::size_t stride, const StripTarget&);
     void (*slices[MOST_SLICE_VECTORS + 1])(const SliceRun&, const char* x, std::size_t stride, const StripTarget&);
 };
 
 struct StripKernels {
-    std::size_t lanes, vectors;  // floats a vector; how many vectors a group's tile may have
+    std::size_t lanes;       // floats a vector
+    std::size_t vectors[3];  // how many a tile may have, by packing
     StripLoops loops;
     // strip[k][0 .. width) = x[k * ld + 0 .. n), zeros behind; width is a multiple of the lanes.
     void (*pack)(const float* x, std::size_t ld, std::size_t k, std::size_t n, float* strip, std::size_t width);
@@ -84,8 +93,6 @@ inline const StripKernels& strip_kernels() { return RAREFY_AT_LEVEL(strip); }
 enum class Words { float32, bfloat16, int8 };
 
 const StripLoops& strip_loops(Words words);  // of the instruction set in use (lowp.cpp)
-
-enum class Packing { groups, slices };
 
 class Stream {
 public:
@@ -113,7 +120,7 @@ private:
         std::size_t group = 0, offset = 0, value = 0, groups = 0;
     };
     void pack_groups(const Csr& w, std::size_t part);
-    void pack_slices(const Csr& w, std::size_t part);
+    void pack_slices(const Csr& w, std::size_t part, std::size_t height);
 
     Packing packing_;
     Words words_;

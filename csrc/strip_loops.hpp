@@ -95,40 +95,52 @@ template <class Arithmetic, std::size_t V> void groups(const GroupRun& run, cons
     }
 }
 
-template <class Arithmetic, std::size_t V> void slices(const SliceRun& run, const char* x, std::size_t stride, const StripTarget& t) {
+template <class Arithmetic, std::size_t V> ALWAYS_INLINE void one_row(vf (&a)[V], vf w, const char* x) {
+    const float* at = reinterpret_cast<const float*>(x);
+    for (std::size_t v = 0; v < V; ++v) a[v] = Arithmetic::mac(a[v], w, load(at + v * LANES));
+}
+
+template <class Arithmetic, std::size_t R, std::size_t V>
+void slices(const SliceRun& run, const char* x, std::size_t stride, const StripTarget& t) {
     const std::uint16_t* offset = run.offsets;
     const float* value = run.values;
     for (std::size_t s = 0; s < run.slices; ++s) {
-        const std::uint32_t* rows = run.rows + s * SLICE;
-        vf a[SLICE][V];
+        const std::uint32_t* rows = run.rows + s * R;
+        vf a[R][V];
 #pragma GCC unroll 8
-        for (std::size_t r = 0; r < SLICE; ++r) begin(a[r], t, rows[r]);
-        for (std::size_t n = run.steps[s]; n != 0; --n, offset += SLICE, value += SLICE) {
-#pragma GCC unroll 8
-            for (std::size_t r = 0; r < SLICE; ++r) {
-                const float* at = reinterpret_cast<const float*>(x + offset[r] * stride);
-                const vf w = set1(value[r]);
-                for (std::size_t v = 0; v < V; ++v) a[r][v] = Arithmetic::mac(a[r][v], w, load(at + v * LANES));
+        for (std::size_t r = 0; r < R; ++r) begin(a[r], t, rows[r]);
+        for (std::size_t n = run.steps[s]; n != 0; --n, offset += R, value += R) {
+#pragma GCC unroll 2
+            for (std::size_t r = 0; r < R; r += 4) {
+                const vf four = load_four(value + r);
+                one_row<Arithmetic>(a[r], spread<0>(four), x + offset[r] * stride);
+                one_row<Arithmetic>(a[r + 1], spread<1>(four), x + offset[r + 1] * stride);
+                one_row<Arithmetic>(a[r + 2], spread<2>(four), x + offset[r + 2] * stride);
+                one_row<Arithmetic>(a[r + 3], spread<3>(four), x + offset[r + 3] * stride);
             }
         }
 #pragma GCC unroll 8
-        for (std::size_t r = 0; r < SLICE; ++r) finish(a[r], t, rows[r]);
+        for (std::size_t r = 0; r < R; ++r) finish(a[r], t, rows[r]);
     }
 }
 
-// A tile of 4 rows x V vectors, V vectors of activations and one weight must fit the registers.
-constexpr std::size_t WIDEST = REGISTERS >= 32 ? 6 : 2;
+// A tile of 4 rows x V vectors, V vectors of activations (none for rows in step) and one weight must fit the registers.
+constexpr std::size_t WIDEST = REGISTERS >= 32 ? MOST_VECTORS : 2, WIDEST_QUAD = REGISTERS >= 32 ? MOST_QUAD_VECTORS : 3;
 
-template <class Arithmetic, std::size_t V> constexpr auto at_most() {
-    if constexpr (V <= WIDEST)
-        return &groups<Arithmetic, V>;
-    else
-        return static_cast<decltype(&groups<Arithmetic, 1>)>(nullptr);
+template <class Arithmetic, std::size_t V> constexpr auto group_loop() {
+    if constexpr (V <= WIDEST) return &groups<Arithmetic, V>;
+    else return static_cast<decltype(&groups<Arithmetic, 1>)>(nullptr);
+}
+
+template <class Arithmetic, std::size_t V> constexpr auto quad_loop() {
+    if constexpr (V <= WIDEST_QUAD) return &slices<Arithmetic, QUAD, V>;
+    else return static_cast<decltype(&slices<Arithmetic, QUAD, 1>)>(nullptr);
 }
 
 template <class A> constexpr StripLoops loops() {
-    return {{nullptr, at_most<A, 1>(), at_most<A, 2>(), at_most<A, 3>(), at_most<A, 4>(), at_most<A, 5>(), at_most<A, 6>()},
-            {nullptr, &slices<A, 1>, &slices<A, 2>}};
+    return {{nullptr, group_loop<A, 1>(), group_loop<A, 2>(), group_loop<A, 3>(), group_loop<A, 4>(), group_loop<A, 5>()},
+            {nullptr, quad_loop<A, 1>(), quad_loop<A, 2>(), quad_loop<A, 3>(), quad_loop<A, 4>()},
+            {nullptr, &slices<A, SLICE, 1>, &slices<A, SLICE, 2>}};
 }
 
 }  // namespace
