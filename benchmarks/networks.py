@@ -59,13 +59,11 @@ def once(run) -> float:
     return time.perf_counter() - start
 
 
-def measure(name: str, sparsity: float, erk: bool, batch: int, peers: list[Peer], rounds: int) -> dict[str, float]:
-    """Return milliseconds by way."""
-    model = network(name, sparsity, erk)
-    x = torch.randn(batch, 3, 224, 224)
+def race(model: nn.Module, x: torch.Tensor, peers: list[Peer], rounds: int) -> dict[str, float]:
+    """Return milliseconds by way of running the model on x; the ways take turns."""
     fast = rarefy.accelerate(model, x)
     last = copy.deepcopy(model).to(memory_format=torch.channels_last)
-    x_last = x.contiguous(memory_format=torch.channels_last)
+    x_last = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
     with torch.inference_mode(), warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         warnings.simplefilter("ignore")
         frozen = torch.jit.optimize_for_inference(torch.jit.freeze(torch.jit.trace(model, x, check_trace=False)))
@@ -101,6 +99,13 @@ def measure(name: str, sparsity: float, erk: bool, batch: int, peers: list[Peer]
     return {way: statistics.median(found) * 1e3 for way, found in samples.items()}
 
 
+def said(found: dict[str, float]) -> str:
+    """Return the times in words, and the gain over the fastest dense way."""
+    dense = min((ms, way) for way, ms in found.items() if way not in ("rarefy", "deepsparse"))
+    times = ", ".join(f"{way} {ms:.3g}" for way, ms in sorted(found.items(), key=lambda item: item[1]))
+    return f"{times} ms; {dense[0] / found['rarefy']:.2f}x the best dense ({dense[1]})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--nets", nargs="+", default=NETS)
@@ -118,14 +123,12 @@ def main() -> None:
         peers = [stack.enter_context(Peer(name, args.threads)) for name in args.peers if name in installed()]
         for name in args.nets:
             for sparsity in args.sparsity:
-                found = measure(name, sparsity, args.erk, args.batch, peers, args.rounds)
-                dense = min((ms, way) for way, ms in found.items() if way not in ("rarefy", "deepsparse"))
-                said = ", ".join(f"{way} {ms:.2f}" for way, ms in sorted(found.items(), key=lambda item: item[1]))
-                gain = dense[0] / found["rarefy"]
+                model = network(name, sparsity, args.erk)
+                found = race(model, torch.randn(args.batch, 3, 224, 224), peers, args.rounds)
                 what = (
                     f"{name} {sparsity:.0%}{' ERK' if args.erk else ''}, batch {args.batch}, {args.threads} thread(s)"
                 )
-                print(f"{what}: {said} ms; {gain:.2f}x the best dense ({dense[1]})", flush=True)
+                print(f"{what}: {said(found)}", flush=True)
                 if args.json:
                     line = {
                         "net": name,

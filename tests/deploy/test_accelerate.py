@@ -215,3 +215,38 @@ def test_race_takes_turns():
     order: list[str] = []
     times = race({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, seconds=0.001)
     assert times.keys() == {"a", "b"} and order[2:6] == ["a", "b", "a", "b"]
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_bfloat16_products_compete_where_they_are_allowed(residual: bool) -> None:
+    from rarefy.deploy.graph import trace
+    from rarefy.deploy.lower import in_torch, native_layers
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pointwise, self.head = nn.Conv2d(32, 32, 1), nn.Linear(32, 40)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.pointwise(x)
+            return self.head(F.relu(y + x if residual else y).mean((2, 3)))
+
+    torch.manual_seed(0)
+    model, x = thin(Net(), 0.8), torch.randn(3, 32, 7, 5)
+    ways = {}
+    values = {"x": x}
+    for step in trace(model).steps:
+        inputs = [values[name] for name in step.inputs]
+        out = values[step.name] = in_torch(step)(*inputs)
+        assert [*native_layers(step, inputs, out, 1)] in (["native"], [])
+        layers = native_layers(step, inputs, out, 2, torch.bfloat16)
+        if step.kind in ("conv", "linear"):
+            ways[step.kind] = [*layers]
+            for name, tolerance in (("native", 1e-5), ("native bfloat16", 3e-2)):
+                found = torch.empty_like(out)
+                layers[name].run([t.numpy() for t in inputs], found.numpy(), 3, 1)
+                gap = float((found - out).abs().max() / out.abs().max())
+                assert gap <= tolerance and (name == "native" or gap > 1e-5)  # really rounded
+    assert ways == {"conv": ["native", "native bfloat16"], "linear": ["native", "native bfloat16"]}
+    fast = rarefy.accelerate(model, x, dtype=torch.bfloat16)
+    assert float((fast(x) - model(x)).abs().max()) <= 3e-2 * float(model(x).abs().max())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rarefy.deploy.graph import Graph, Step, fill, names_in
-from rarefy.deploy.lower import Run, dense_layer, in_torch, native_layer
+from rarefy.deploy.lower import Run, dense_layer, in_torch, native_layers
 from rarefy.deploy.measure import Memory, fingerprint, race
 from rarefy.deploy.plan import LayerPlan
 from rarefy.kernels import planes, threads
@@ -18,6 +18,7 @@ from rarefy.kernels.program import Buffer, Program, ProgramBuilder
 
 LEAVING = 15e-6  # seconds that a step in PyTorch costs a native program around it
 WEIGHTED = ("conv", "linear")
+NEVER_NATIVE = ("torch", "flatten", "identity")
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,8 +89,9 @@ def compile_graph(graph: Graph, args: Sequence[Tensor], memory: Memory, dtype: t
 def _choose(
     step: Step, inputs: list[Any], out: Any, memory: Memory, dtype: torch.dtype, layers: list[LayerPlan]
 ) -> tuple[planes.Layer | None, Run | None]:
-    layer = native_layer(step, inputs, out, threads()) if step.kind not in ("torch", "flatten", "identity") else None
+    natives = native_layers(step, inputs, out, threads(), dtype) if step.kind not in NEVER_NATIVE else {}
     if step.kind not in WEIGHTED:
+        layer = natives.get("native")
         return layer, None if layer is not None else in_torch(step)
     weight: Tensor = step.options["weight"]
     dense: dict[str, Run] = {"torch": in_torch(step)}
@@ -99,30 +101,30 @@ def _choose(
     geometry = {k: v for k, v in step.options.items() if not isinstance(v, Tensor) and k != "label"}
     key = fingerprint(step.kind, weight, [tuple(x.shape) for x in inputs], sorted(geometry.items()), [*dense])
     times = memory.get(key)
-    if times is None or times.keys() != {*dense, *(["native"] if layer is not None else [])}:
+    if times is None or times.keys() != {*dense, *natives}:
         ways: dict[str, Callable[[], object]] = {name: _bind(run, inputs) for name, run in dense.items()}
-        if layer is not None:
-            ways["native"] = _native_run(layer, inputs, out)
+        ways |= {name: _native_run(layer, inputs, out) for name, layer in natives.items()}
         times = race(ways)
         memory.put(key, times)
     fastest = min(dense, key=lambda name: times[name])
+    best = min(natives, key=lambda name: times[name], default=None)
     sparsity = 1 - int(weight.count_nonzero()) / max(weight.numel(), 1)
-    native = layer is not None and times["native"] <= times[fastest] + LEAVING
-    if native:
-        choice, why = ("sparse" if sparsity > 0 else "native"), ""
-        if times["native"] > times[fastest]:
+    native = best is not None and times[best] <= times[fastest] + LEAVING
+    if best is not None and native:
+        choice, why = best.replace("native", "sparse") if sparsity > 0 else best, ""
+        if times[best] > times[fastest]:
             why = "a little slower alone, but it saves leaving the native program"
     else:
         choice = fastest
-        why = "no native kernel for it" if layer is None else f"the sparse kernel takes {times['native'] * 1e6:.0f} us"
+        why = "no native kernel for it" if best is None else f"the sparse kernel takes {times[best] * 1e6:.0f} us"
     kind = "depthwise" if step.options.get("groups", 1) > 1 and weight.shape[1] == 1 else step.kind
     layers.append(
         LayerPlan(
             step.options["label"], kind, tuple(weight.shape), sparsity, choice,
-            times["native"] if native else times[fastest], times[fastest], why,
+            times[best] if best is not None and native else times[fastest], times[fastest], why,
         )
     )  # fmt: skip
-    return (layer, None) if native else (None, dense[fastest])
+    return (natives[best], None) if best is not None and native else (None, dense[fastest])
 
 
 def _bind(run: Run, inputs: list[Tensor]) -> Callable[[], object]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rarefy.deploy.graph import Step
 from rarefy.errors import OptionError
-from rarefy.kernels import planes, sparse_layers
+from rarefy.kernels import lowp, planes, sparse_layers
 
 Run = Callable[..., Tensor]
 ACTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -59,14 +59,25 @@ def in_torch(step: Step) -> Run:
     return simple[step.kind]
 
 
-def native_layer(step: Step, inputs: Sequence[Tensor], out: Tensor, threads: int) -> planes.Layer | None:
-    """Return the step as a native layer for inputs and an output of these shapes, or None where there is none."""
+def native_layers(
+    step: Step, inputs: Sequence[Tensor], out: Tensor, threads: int, dtype: torch.dtype = torch.float32
+) -> dict[str, planes.Layer]:
+    """Return the native ways to run the step on inputs and an output of these shapes, by name; none where there is none.
+
+    With bfloat16 allowed, sparse products come in both precisions; inputs and output are float32 in any case.
+    """
     if not all(_plain(t) for t in (*inputs, out)) or any(t.shape[0] != out.shape[0] for t in inputs):
-        return None
-    try:
-        return _make(step, inputs, out, threads)
-    except OptionError:
-        return None
+        return {}
+    makers = {"native": _make} | ({"native bfloat16": _make_low} if dtype == torch.bfloat16 else {})
+    layers = {}
+    for name, make in makers.items():
+        try:
+            layer = make(step, inputs, out, threads)
+        except OptionError:
+            continue
+        if layer is not None:
+            layers[name] = layer
+    return layers
 
 
 def dense_layer(step: Step, x: Tensor, dtype: torch.dtype = torch.float32) -> Run | None:
@@ -141,6 +152,25 @@ def _make(step: Step, inputs: Sequence[Tensor], out: Tensor, threads: int) -> pl
     return None
 
 
+def _make_low(step: Step, inputs: Sequence[Tensor], out: Tensor, threads: int) -> planes.Layer | None:
+    """The same in bfloat16, for products without a window."""
+    o, x = step.options, inputs[0]
+    packed: dict[str, Any] = {"act": o.get("act", "none"), "batch": x.shape[0], "threads": threads}
+    if step.kind == "linear" and x.dim() == 2:
+        return lowp.bfloat16_linear_layer(o["weight"], o["bias"], **packed)
+    if step.kind == "conv" and _pointwise(o):
+        residual = bool(o.get("residual"))
+        return lowp.bfloat16_pointwise_layer(
+            o["weight"].flatten(1), o["bias"], tuple(x.shape[2:]), residual=residual, **packed
+        )
+    return None
+
+
+def _pointwise(o: dict[str, Any]) -> bool:
+    plain = (o["stride"], o["padding"], o["dilation"]) == ((1, 1), (0, 0), (1, 1))
+    return plain and tuple(o["weight"].shape[2:]) == (1, 1) and o["groups"] == 1
+
+
 def _conv(step: Step, x: Tensor, threads: int) -> planes.Layer | None:
     o, size = step.options, tuple(x.shape[2:])
     weight, bias = o["weight"], o["bias"]
@@ -151,8 +181,7 @@ def _conv(step: Step, x: Tensor, threads: int) -> planes.Layer | None:
     packed: dict[str, Any] = {"batch": x.shape[0], "threads": threads}
     if size == (1, 1) and weight.shape[1:] == (x.shape[1], 1, 1) and not o.get("residual") and _density(weight) > 0.5:
         return planes.dense_linear(weight.flatten(1), bias, o["act"])  # squeeze and excitation
-    pointwise = tuple(weight.shape[2:]) == (1, 1) and o["groups"] == 1
-    if pointwise and geometry == {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}:
+    if _pointwise(o):
         return sparse_layers.sparse_pointwise_layer(weight, bias, size, **common, **packed)
     return sparse_layers.sparse_conv_layer(weight, bias, size, **geometry, groups=o["groups"], **common, **packed)
 
