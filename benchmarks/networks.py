@@ -29,6 +29,7 @@ from peers import Peer, installed
 from rarefy import allocation, models
 from rarefy.deploy import export_onnx
 
+SETTLE = 0.03  # seconds until the last way's threads have stopped spinning; the first run after it is not counted
 NETS = ("mobilenet-v1", "mobilenet-v2", "efficientnet-b0", "resnet-50")
 
 
@@ -92,9 +93,11 @@ def race(model: nn.Module, x: torch.Tensor, peers: list[Peer], rounds: int) -> d
         samples: dict[str, list[float]] = {way: [] for way in [*ways, *(p.name for p in taking)]}
         for _ in range(rounds):
             for way, run in ways.items():
-                samples[way] += [once(run) for _ in range(3)]
+                time.sleep(SETTLE)
+                samples[way] += [once(run) for _ in range(6)][1:]
             for peer in taking:
-                samples[peer.name] += peer.samples(3, 0.0)
+                time.sleep(SETTLE)
+                samples[peer.name] += peer.samples(6, 0.0)[1:]
     print(f"  outputs differ from torch's by {error:.1e}; runs as {fast.plan.choice}")
     return {way: statistics.median(found) * 1e3 for way, found in samples.items()}
 

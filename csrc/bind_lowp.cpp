@@ -20,15 +20,17 @@ std::vector<float> copied(const Maybe& bias, std::size_t rows) {
 
 class Bfloat16Linear : public Layer {
 public:
-    Bfloat16Linear(const Csr& w, std::vector<float> bias, Act act, std::size_t batch, std::size_t threads)
-        : Layer({w.cols}, w.rows), product_(w, batch, threads), bias_(std::move(bias)), act_(act) {}
+    Bfloat16Linear(const Csr& w, std::size_t tokens, std::vector<float> bias, Act act, std::size_t batch, std::size_t threads)
+        : Layer({w.cols * tokens}, w.rows * tokens), product_(w, batch * tokens, threads), tokens_(tokens), bias_(std::move(bias)),
+          act_(act) {}
     void run(const float* const* inputs, float* output, float*, std::size_t batch, std::size_t threads) const override {
-        product_.linear(inputs[0], batch, output, bias_.empty() ? nullptr : bias_.data(), act_, threads);
+        product_.linear(inputs[0], batch * tokens_, output, bias_.empty() ? nullptr : bias_.data(), act_, threads);
     }
     std::size_t bytes() const { return product_.bytes(); }
 
 private:
     Bfloat16Product product_;
+    std::size_t tokens_;
     std::vector<float> bias_;
     Act act_;
 };
@@ -70,12 +72,12 @@ void bind_lowp(nb::module_& m) {
     m.def("has_dot_products", &has_dot_products, "Whether this CPU multiplies bfloat16 pairs and int8 quads in one instruction.");
     nb::class_<Bfloat16Linear, Layer>(m, "Bfloat16Linear", "Sparse linear layer, multiplied in bfloat16.")
         .def("__init__",
-             [](Bfloat16Linear* self, const Crow& crow, const Col& col, const Floats& values, std::size_t cols, const Maybe& bias,
-                const std::string& act, std::size_t batch, std::size_t threads) {
+             [](Bfloat16Linear* self, const Crow& crow, const Col& col, const Floats& values, std::size_t cols, std::size_t tokens,
+                const Maybe& bias, const std::string& act, std::size_t batch, std::size_t threads) {
                  const Csr w = checked(crow, col, values, cols);
-                 new (self) Bfloat16Linear(w, copied(bias, w.rows), act_of(act), batch, threads);
+                 new (self) Bfloat16Linear(w, tokens, copied(bias, w.rows), act_of(act), batch, threads);
              },
-             nb::arg("crow").noconvert(), nb::arg("col").noconvert(), nb::arg("values").noconvert(), nb::arg("cols"),
+             nb::arg("crow").noconvert(), nb::arg("col").noconvert(), nb::arg("values").noconvert(), nb::arg("cols"), nb::arg("tokens"),
              nb::arg("bias").none(), nb::arg("act"), nb::arg("batch"), nb::arg("threads"))
         .def_prop_ro("bytes", &Bfloat16Linear::bytes);
     nb::class_<Bfloat16Planes, Layer>(m, "Bfloat16Planes", "Sparse 1 x 1 convolution, multiplied in bfloat16.")

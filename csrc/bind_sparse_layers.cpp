@@ -37,12 +37,12 @@ void bind_sparse_layers(nb::module_& m) {
         .def_prop_ro("bytes", &SparsePlanes::bytes);
     nb::class_<SparseLinear, Layer>(m, "SparseLinear", "Sparse linear layer.")
         .def("__init__",
-             [](SparseLinear* self, const Crow& crow, const Col& col, const Floats& values, std::size_t cols, const Maybe& bias,
-                const std::string& act, std::size_t batch, std::size_t threads) {
+             [](SparseLinear* self, const Crow& crow, const Col& col, const Floats& values, std::size_t cols, std::size_t tokens,
+                const Maybe& bias, const std::string& act, std::size_t batch, std::size_t threads) {
                  const Csr w = csr(crow, col, values, cols);
-                 new (self) SparseLinear(w, copied(bias, w.rows), act_of(act), batch, threads);
+                 new (self) SparseLinear(w, tokens, copied(bias, w.rows), act_of(act), batch, threads);
              },
-             nb::arg("crow").noconvert(), nb::arg("col").noconvert(), nb::arg("values").noconvert(), nb::arg("cols"),
+             nb::arg("crow").noconvert(), nb::arg("col").noconvert(), nb::arg("values").noconvert(), nb::arg("cols"), nb::arg("tokens"),
              nb::arg("bias").none(), nb::arg("act"), nb::arg("batch"), nb::arg("threads"))
         .def_prop_ro("bytes", &SparseLinear::bytes);
     nb::class_<SparseConv, Layer>(m, "SparseConv", "Sparse convolution of any geometry.")

@@ -22,11 +22,12 @@ void SparsePlanes::run(const float* const* inputs, float* output, float*, std::s
     spmm_.planes(inputs[0], batch, pixels_, output, or_null(bias_), input_sizes().size() == 2 ? inputs[1] : nullptr, act_, threads);
 }
 
-SparseLinear::SparseLinear(const Csr& w, std::vector<float> bias, Act act, std::size_t batch, std::size_t threads)
-    : Layer({w.cols}, w.rows), spmm_(w, batch, threads, Spmm::For::linear_only), bias_(std::move(bias)), act_(act) {}
+SparseLinear::SparseLinear(const Csr& w, std::size_t tokens, std::vector<float> bias, Act act, std::size_t batch, std::size_t threads)
+    : Layer({w.cols * tokens}, w.rows * tokens), spmm_(w, batch * tokens, threads, Spmm::For::linear_only), tokens_(tokens),
+      bias_(std::move(bias)), act_(act) {}
 
 void SparseLinear::run(const float* const* inputs, float* output, float*, std::size_t batch, std::size_t threads) const {
-    spmm_.linear(inputs[0], input_sizes()[0], batch, output, output_size(), or_null(bias_), act_, threads);
+    spmm_.linear(inputs[0], spmm_.cols(), batch * tokens_, output, spmm_.rows(), or_null(bias_), act_, threads);
 }
 
 SparseConv::SparseConv(const Csr& w, const ConvShape& s, std::vector<float> bias, bool residual, Act act, std::size_t batch,

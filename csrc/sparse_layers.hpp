@@ -20,14 +20,15 @@ private:
     Act act_;
 };
 
-class SparseLinear : public Layer {  // features [cols] -> [rows]
+class SparseLinear : public Layer {  // features [tokens][cols] -> [tokens][rows]
 public:
-    SparseLinear(const Csr& w, std::vector<float> bias, Act act, std::size_t batch, std::size_t threads);
+    SparseLinear(const Csr& w, std::size_t tokens, std::vector<float> bias, Act act, std::size_t batch, std::size_t threads);
     void run(const float* const* inputs, float* output, float* scratch, std::size_t batch, std::size_t threads) const override;
     std::size_t bytes() const { return spmm_.bytes() + bias_.size() * sizeof(float); }
 
 private:
     Spmm spmm_;
+    std::size_t tokens_;
     std::vector<float> bias_;
     Act act_;
 };

@@ -19,8 +19,8 @@ def row(product: str, sparsity: float, speedup: float) -> Row:
 
 def test_ceilings_are_positive() -> None:
     machine = ceilings(2, seconds=1e-4, repeats=1)
-    assert machine.threads == 2 and machine.gflops > 0.1
-    assert list(machine.bandwidth) == ["L1", "L2", "L3", "DRAM"] and min(machine.bandwidth.values()) > 0.01
+    assert machine.threads == 2 and machine.gflops > 0
+    assert list(machine.bandwidth) == ["L1", "L2", "L3", "DRAM"] and min(machine.bandwidth.values()) > 0
 
 
 def test_a_row_counts_kept_weights() -> None:

@@ -250,3 +250,24 @@ def test_bfloat16_products_compete_where_they_are_allowed(residual: bool) -> Non
     assert ways == {"conv": ["native", "native bfloat16"], "linear": ["native", "native bfloat16"]}
     fast = rarefy.accelerate(model, x, dtype=torch.bfloat16)
     assert float((fast(x) - model(x)).abs().max()) <= 3e-2 * float(model(x).abs().max())
+
+
+@pytest.mark.parametrize("name", ["vit", "gpt"])
+def test_transformers_run_their_linear_layers_natively(name: str) -> None:
+    """Also those over tokens, also in a model that cannot be traced, and also behind whole numbers."""
+    torch.manual_seed(0)
+    model = thin(
+        models.build(name, dim=64, depth=2, heads=2, tied=False) if name == "gpt" else models.build(name, depth=2)
+    )
+    x = torch.randint(0, 256, (2, 16)) if name == "gpt" else torch.randn(2, 3, 32, 32)
+    fast = rarefy.accelerate(model, x)
+    same(fast(x), model(x))
+    linear = [layer for layer in fast.plan.layers if layer.kind == "linear"]
+    assert len(linear) == 13
+    assert all("no native kernel" not in layer.why for layer in linear)
+    shorter = x[:1, :7] if name == "gpt" else x[:1]
+    same(fast(shorter), model(shorter))
+    again = pickle.loads(pickle.dumps(fast))
+    same(again(x), model(x))
+    with pytest.raises(ModelError, match="takes torch"):
+        fast(x.double())

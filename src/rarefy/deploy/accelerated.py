@@ -32,7 +32,7 @@ class AcceleratedModel(nn.Module):
         super().__init__()
         self.model = model
         self._dtype = dtype
-        self._example_shapes = [tuple(x.shape) for x in example]
+        self._example = [(tuple(x.shape), x.dtype) for x in example]
         self._prepare(example)
         super().train(False)
 
@@ -74,12 +74,12 @@ class AcceleratedModel(nn.Module):
         return (*(tuple(x.shape) for x in args), threads())
 
     def forward(self, *args: Tensor) -> Any:
-        if len(args) != len(self._example_shapes) or not all(isinstance(x, Tensor) for x in args):
-            raise ModelError(f"an accelerated model takes its {len(self._example_shapes)} tensor(s), as in the example")
-        for x, shape in zip(args, self._example_shapes, strict=True):
-            if x.dtype != torch.float32 or x.device.type != "cpu" or x.dim() != len(shape):
+        if len(args) != len(self._example) or not all(isinstance(x, Tensor) for x in args):
+            raise ModelError(f"an accelerated model takes its {len(self._example)} tensor(s), as in the example")
+        for x, (shape, dtype) in zip(args, self._example, strict=True):
+            if x.dtype != dtype or x.device.type != "cpu" or x.dim() != len(shape):
                 raise ModelError(
-                    f"an accelerated model takes float32 on the CPU with {len(shape)} dimensions, as in the example "
+                    f"this accelerated model takes {dtype} on the CPU with {len(shape)} dimensions, as in the example "
                     f"{list(shape)}; this is {x.dtype} on {x.device} of shape {list(x.shape)}"
                 )
         if torch.is_grad_enabled() and any(x.requires_grad for x in args):
@@ -103,15 +103,13 @@ class AcceleratedModel(nn.Module):
         return super().train(False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"model": self.model, "dtype": self._dtype, "shapes": self._example_shapes}
+        return {"model": self.model, "dtype": self._dtype, "example": self._example}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["model"], tuple(torch.zeros(s) for s in state["shapes"]), state["dtype"])  # type: ignore[misc]
+        self.__init__(state["model"], _zeros(state["example"]), state["dtype"])  # type: ignore[misc]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AcceleratedModel:
-        return AcceleratedModel(
-            copy.deepcopy(self.model, memo), tuple(torch.zeros(s) for s in self._example_shapes), self._dtype
-        )
+        return AcceleratedModel(copy.deepcopy(self.model, memo), _zeros(self._example), self._dtype)
 
     def extra_repr(self) -> str:
         return f"runs as {self.plan.choice}, {self.plan.speedup:.2f}x the fastest dense way"
@@ -186,7 +184,8 @@ def accelerate(
 
     Args:
         model: the trained model; it is copied and stays as it is. Zeros in its weights are what makes it faster.
-        example_input: float32 on the CPU; one tensor, or one per argument. Its shape is what is measured.
+        example_input: on the CPU, float32 or whole numbers (tokens); one tensor, or one per argument. Its shape is what
+            is measured.
         objective: what to make small; "latency" is the only one so far.
         dtype: torch.float32, or torch.bfloat16 to allow layers to run in bfloat16 where that is faster.
 
@@ -208,9 +207,10 @@ def accelerate(
         raise OptionError(f"dtype={dtype} cannot be used; it is torch.float32 or torch.bfloat16")
     example = (example_input,) if isinstance(example_input, Tensor) else tuple(example_input)
     for x in example:
-        if not isinstance(x, Tensor) or x.dtype != torch.float32 or x.device.type != "cpu":
+        fits = isinstance(x, Tensor) and x.device.type == "cpu"
+        if not fits or x.dtype not in (torch.float32, torch.int64, torch.int32, torch.bool):
             what = f"{x.dtype} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
-            raise OptionError(f"example_input must be float32 tensors on the CPU; one is {what}")
+            raise OptionError(f"example_input must be tensors on the CPU, float32 or whole numbers; one is {what}")
     copied = copy.deepcopy(model).eval().requires_grad_(False)
     try:
         with torch.inference_mode():
@@ -248,13 +248,17 @@ def _dense_runner(name: str, model: nn.Module, example: tuple[Tensor, ...], dtyp
         low = copy.deepcopy(model).bfloat16()
 
         def run(*args: Tensor) -> Any:
-            found = low(*[x.bfloat16() for x in args])
+            found = low(*[x.bfloat16() if x.is_floating_point() else x for x in args])
             return torch.utils._pytree.tree_map(lambda y: y.float() if isinstance(y, Tensor) else y, found)
 
         return run
     last: Any = copy.deepcopy(model)
     last = last.to(memory_format=torch.channels_last)
     return lambda *args: last(*[x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in args])
+
+
+def _zeros(example: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> tuple[Tensor, ...]:
+    return tuple(torch.zeros(shape, dtype=dtype) for shape, dtype in example)
 
 
 def _difference(found: Any, expected: Any) -> float:

@@ -110,7 +110,7 @@ def _plain(t: Any) -> bool:
         isinstance(t, Tensor)
         and t.dtype == torch.float32
         and t.device.type == "cpu"
-        and t.dim() in (2, 4)
+        and t.dim() in (2, 3, 4)
         and t.numel() > 0
     )
 
@@ -121,11 +121,12 @@ def _make(step: Step, inputs: Sequence[Tensor], out: Tensor, threads: int) -> pl
     if step.kind == "conv":
         return _conv(step, x, threads)
     if step.kind == "linear":
-        if x.dim() != 2:
-            return None
-        if _density(o["weight"]) > 0.7 and x.shape[0] <= 16:
+        if x.dim() == 2 and _density(o["weight"]) > 0.7 and x.shape[0] <= 16:
             return planes.dense_linear(o["weight"], o["bias"], act)
-        return sparse_layers.sparse_linear_layer(o["weight"], o["bias"], act=act, batch=x.shape[0], threads=threads)
+        tokens = math.prod(x.shape[1:-1])
+        return sparse_layers.sparse_linear_layer(
+            o["weight"], o["bias"], tokens=tokens, act=act, batch=x.shape[0], threads=threads
+        )
     size = math.prod(out.shape[1:])
     if step.kind == "act":
         return planes.activation(size, act)
@@ -156,8 +157,8 @@ def _make_low(step: Step, inputs: Sequence[Tensor], out: Tensor, threads: int) -
     """The same in bfloat16, for products without a window."""
     o, x = step.options, inputs[0]
     packed: dict[str, Any] = {"act": o.get("act", "none"), "batch": x.shape[0], "threads": threads}
-    if step.kind == "linear" and x.dim() == 2:
-        return lowp.bfloat16_linear_layer(o["weight"], o["bias"], **packed)
+    if step.kind == "linear":
+        return lowp.bfloat16_linear_layer(o["weight"], o["bias"], tokens=math.prod(x.shape[1:-1]), **packed)
     if step.kind == "conv" and _pointwise(o):
         residual = bool(o.get("residual"))
         return lowp.bfloat16_pointwise_layer(

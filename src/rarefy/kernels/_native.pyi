@@ -91,7 +91,16 @@ class SparsePlanes(Layer):
 
 class SparseLinear(Layer):
     def __init__(
-        self, crow: object, col: object, values: object, cols: int, bias: object, act: str, batch: int, threads: int
+        self,
+        crow: object,
+        col: object,
+        values: object,
+        cols: int,
+        tokens: int,
+        bias: object,
+        act: str,
+        batch: int,
+        threads: int,
     ) -> None: ...
     @property
     def bytes(self) -> int: ...
@@ -144,7 +153,16 @@ def has_dot_products() -> bool: ...
 
 class Bfloat16Linear(Layer):
     def __init__(
-        self, crow: object, col: object, values: object, cols: int, bias: object, act: str, batch: int, threads: int
+        self,
+        crow: object,
+        col: object,
+        values: object,
+        cols: int,
+        tokens: int,
+        bias: object,
+        act: str,
+        batch: int,
+        threads: int,
     ) -> None: ...
     @property
     def bytes(self) -> int: ...

@@ -31,6 +31,7 @@ def bfloat16_linear_layer(
     bias: Tensor | None,
     *,
     features: int | None = None,
+    tokens: int = 1,
     act: str = "none",
     batch: int = 1,
     threads: int | None = None,
@@ -39,7 +40,7 @@ def bfloat16_linear_layer(
     crow, col, values, cols = _compressed(weight, features)
     with _said("bfloat16_linear_layer"):
         return native.Bfloat16Linear(
-            crow, col, values, cols, _array(bias), _known(act), batch, threads or all_threads()
+            crow, col, values, cols, tokens, _array(bias), _known(act), batch, threads or all_threads()
         )
 
 

@@ -53,14 +53,17 @@ def sparse_linear_layer(
     bias: Tensor | None,
     *,
     features: int | None = None,
+    tokens: int = 1,
     act: str = "none",
     batch: int = 1,
     threads: int | None = None,
 ) -> Layer:
-    """Linear layer with `weight` [out, in]; compressed, `features` says how many go in."""
+    """Linear layer with `weight` [out, in], for samples of [tokens, in]; compressed, `features` says how many go in."""
     crow, col, values, cols = _compressed(weight, features)
     with _said("sparse_linear_layer"):
-        return native.SparseLinear(crow, col, values, cols, _array(bias), _known(act), batch, threads or all_threads())
+        return native.SparseLinear(
+            crow, col, values, cols, tokens, _array(bias), _known(act), batch, threads or all_threads()
+        )
 
 
 def sparse_conv_layer(
