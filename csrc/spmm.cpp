@@ -14,7 +14,7 @@ constexpr std::size_t FEW_USES = 8;  // nonzeros an input up to which packing an
 
 // How many vectors a tile has, where there are columns enough, and at most.
 std::size_t usual_vectors(Packing packing) {
-    const std::size_t most = packing == Packing::slices ? MOST_SLICE_VECTORS : packing == Packing::quads ? 3 : 4;
+    const std::size_t most = packing == Packing::slices ? MOST_SLICE_VECTORS : 3;
     return std::min(most, strip_kernels().vectors[static_cast<int>(packing)]);
 }
 std::size_t most_vectors(Packing packing) {
@@ -54,7 +54,7 @@ std::vector<std::size_t> block_ends(const Csr& w, std::size_t columns, Packing p
     const std::size_t lanes = strip_kernels().lanes;
     const std::size_t vectors = std::clamp<std::size_t>((columns + lanes - 1) / lanes, 1, usual_vectors(packing));
     const bool quads = packing == Packing::quads;
-    const std::size_t fits = (quads ? l1_bytes() * 9 / 8 : l1_bytes() * 15 / 16) / (vectors * lanes * sizeof(float));
+    const std::size_t fits = l1_bytes() * 9 / 8 / (vectors * lanes * sizeof(float));  // measured: a little over is best
     const double full_enough = (quads ? 25.0 : 9.0) / density_of(w);
     std::size_t size = std::max(fits, static_cast<std::size_t>(full_enough));
     size = std::clamp<std::size_t>(size, 16, LONGEST_BLOCK);

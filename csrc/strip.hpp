@@ -61,11 +61,11 @@ enum class Packing { groups, quads, slices };
 inline bool in_step(Packing packing) { return packing != Packing::groups; }
 
 constexpr std::size_t LONGEST_BLOCK = 32768;  // inputs: places in a block are 16 bits, which halves what indices read
-constexpr std::size_t GROUP = 4, SLICE = 8, QUAD = 4, MOST_VECTORS = 5, MOST_QUAD_VECTORS = 4, MOST_SLICE_VECTORS = 2;
+constexpr std::size_t GROUP = 4, SLICE = 8, QUAD = 4, MOST_VECTORS = 4, MOST_SLICE_VECTORS = 2;
 
 struct StripLoops {
     void (*groups[MOST_VECTORS + 1])(const GroupRun&, const char* x, std::size_t stride, const StripTarget&);
-    void (*quads[MOST_QUAD_VECTORS + 1])(const SliceRun&, const char* x, std::size_t stride, const StripTarget&);
+    void (*quads[MOST_VECTORS + 1])(const SliceRun&, const char* x, std::size_t stride, const StripTarget&);
     void (*slices[MOST_SLICE_VECTORS + 1])(const SliceRun&, const char* x, std::size_t stride, const StripTarget&);
 };
 

@@ -125,7 +125,7 @@ void slices(const SliceRun& run, const char* x, std::size_t stride, const StripT
 }
 
 // A tile of 4 rows x V vectors, V vectors of activations (none for rows in step) and one weight must fit the registers.
-constexpr std::size_t WIDEST = REGISTERS >= 32 ? MOST_VECTORS : 2, WIDEST_QUAD = REGISTERS >= 32 ? MOST_QUAD_VECTORS : 3;
+constexpr std::size_t WIDEST = REGISTERS >= 32 ? MOST_VECTORS : 2, WIDEST_QUAD = REGISTERS >= 32 ? MOST_VECTORS : 3;
 
 template <class Arithmetic, std::size_t V> constexpr auto group_loop() {
     if constexpr (V <= WIDEST) return &groups<Arithmetic, V>;
@@ -138,7 +138,7 @@ template <class Arithmetic, std::size_t V> constexpr auto quad_loop() {
 }
 
 template <class A> constexpr StripLoops loops() {
-    return {{nullptr, group_loop<A, 1>(), group_loop<A, 2>(), group_loop<A, 3>(), group_loop<A, 4>(), group_loop<A, 5>()},
+    return {{nullptr, group_loop<A, 1>(), group_loop<A, 2>(), group_loop<A, 3>(), group_loop<A, 4>()},
             {nullptr, quad_loop<A, 1>(), quad_loop<A, 2>(), quad_loop<A, 3>(), quad_loop<A, 4>()},
             {nullptr, &slices<A, SLICE, 1>, &slices<A, SLICE, 2>}};
 }
