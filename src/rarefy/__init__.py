@@ -23,6 +23,7 @@ __all__ = [
 
 _ROOMS = (
     "allocation",
+    "coupling",
     "data",
     "deploy",
     "kernels",
