@@ -3,15 +3,16 @@
     RAREFY_DATA=../shared/data python benchmarks/real_masks.py --json before.json
     RAREFY_DATA=../shared/data python benchmarks/real_masks.py --against before.json
 
-Weights are taken as matrices [out, in * positions] times the columns that they meet in their network (224 x 224 images, batch 1):
-SqueezeNet of Deep Compression (33 % kept in its 3 x 3 layers), LeNet-300-100 of Dynamic Network Surgery (2 % kept; 128 samples),
-CIFAR-10 ResNet-20 pruned here by magnitude. To see what a change of the packing gives, run it at both commits on a quiet
-machine. Each time is the least of nine samples; every product is checked against the dense one.
+Weights are taken as matrices [out, in * positions] times the columns that they meet in their network (224 x 224 images, batch
+1): SqueezeNet of Deep Compression (33 % kept in its 3 x 3 layers), LeNet-300-100 of Dynamic Network Surgery (2 % kept; 128
+samples), CIFAR-10 ResNet-20 pruned here by magnitude. To see what a change of the packing gives, run it at both commits on a
+quiet machine. Each time is the least of nine samples; every product is checked against the dense one.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import time
@@ -82,7 +83,7 @@ def measure(weight: Tensor, pixels: int) -> dict[str, float]:
     torch.testing.assert_close(torch.from_numpy(out)[0], weight @ x[0], rtol=1e-3, atol=1e-3)
     return {
         "seconds": seconds,
-        "packing": min(b - a for a, b in zip(made, made[1:], strict=False)),
+        "packing": min(b - a for a, b in itertools.pairwise(made)),
         "bytes": layer.bytes,
     }
 

@@ -354,6 +354,14 @@ def test_computed_weights_are_fixed() -> None:
     assert any("computed" in p.reason for p in coupling.pinned)
 
 
+def test_weights_that_are_cast_to_what_they_are() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        y = F.conv2d(x, m.a.weight.to(x.dtype), m.a.bias.type_as(x))
+        return F.conv2d(y, m.b.weight.contiguous())
+
+    assert units(check(Lambda(run, a=conv(3, 4), b=conv(4, 2)), IMAGE), "b.weight", 1) == [4]
+
+
 def test_python_control_flow_is_no_obstacle() -> None:
     def run(m: Any, x: Tensor) -> Tensor:
         y = m.a(x)

@@ -29,6 +29,7 @@ _NAMES = """
     get_device hash dim_order dense_dim sparse_dim has_names is_tensor is_same_size is_pinned is_shared data_ptr
 """
 _ABOUT = set(_NAMES.split())
+_CASTS = {"to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous"}
 
 
 class Unknown(Exception):
@@ -78,6 +79,8 @@ class Follower(TorchFunctionMode):
         if not any(self.known(t) for t in call.tensors):
             return call.out
         results = call.results
+        if call.name in _CASTS and results and id(results[0]) in self._names:
+            return call.out  # the parameter itself: there was nothing to convert
         if results or call.name not in _ABOUT:
             try:
                 if call.name not in RULES or not results or "out" in call.kwargs:

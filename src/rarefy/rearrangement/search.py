@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from rarefy.rearrangement.terms import Shared, Term
+from rarefy.rearrangement.terms import Term
 
 _TINY = 1e-7  # a gain must be more than rounding, relative to the runs' values
 _FLOATS = 1 << 24  # in vectors that are compared at once
@@ -55,11 +55,10 @@ def _greedy(terms: Sequence[Term], units: int) -> Tensor | None:
     None where terms cut the units into different runs, or choose along their runs (N:M), where likeness is no gain.
     """
     first = terms[0]
-    if any(not torch.equal(t.run, first.run) or type(t).__name__ == "NM" for t in terms):
+    if any(not torch.equal(t.run, first.run) or not t.gathers for t in terms):
         return None
-    rows = [t.moving() for t in terms]
-    best = torch.cat([_best_entries(t, v) for t, v in zip(terms, rows, strict=True)], 1)
-    size = torch.stack([v.sum(1) for v in rows]).sum(0)
+    best = torch.cat([t.best_entries() for t in terms], 1)
+    size = torch.stack([t.vectors[t.index].sum(1) for t in terms]).sum(0)
     left = torch.ones(units, dtype=torch.bool)
     order = torch.empty(units, dtype=torch.int64)
     for run in first.run.unique():
@@ -71,13 +70,6 @@ def _greedy(terms: Sequence[Term], units: int) -> Tensor | None:
         left[more] = False
         order[places] = torch.cat([torch.tensor([seed]), more])
     return order
-
-
-def _best_entries(term: Term, rows: Tensor) -> Tensor:
-    """Mark each row's k largest entries (all that are not zero, for loads)."""
-    if not isinstance(term, Shared):
-        return rows
-    return torch.zeros_like(rows).scatter_(1, rows.topk(term.keep, dim=1).indices, 1.0)
 
 
 def _cells(terms: Sequence[Term], units: int) -> Tensor:
@@ -139,12 +131,12 @@ def _best(terms: Sequence[Term], cells: Tensor, pairs: Tensor) -> tuple[Tensor, 
 
 def _after(term: Term, left: Tensor, right: Tensor) -> Tensor:
     """Return the value (or its bound) of both runs after each exchange, float64 [pairs, left, right]."""
-    vectors, y, found = term.moving(), term.y, []
-    step = max(1, _FLOATS // (4 * left.shape[1] * vectors.shape[1]))
+    y, found = term.y, []
+    step = max(1, _FLOATS // (4 * left.shape[1] * y.shape[1]))
     for i in range(0, len(left), step):
         a, b = left[i : i + step], right[i : i + step]
-        enters = _positive(y[a], vectors[b]) + term.base[a][:, :, None]  # b in the place of a
-        leaves = _positive(y[b], vectors[a]).transpose(1, 2) + term.base[b][:, None, :]
+        enters = _positive(y[a], term.of(b)) + term.base[a][:, :, None]  # b in the place of a
+        leaves = _positive(y[b], term.of(a)).transpose(1, 2) + term.base[b][:, None, :]
         found.append(enters + leaves)
     return term.sign * torch.cat(found)
 

@@ -16,6 +16,7 @@ exchanges between two runs are valued by one matrix of L1 distances: sum(max(w -
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,8 +31,10 @@ class Term(ABC):
         index: int64 [units]: the place of each unit that may move. Other places hold still, and count.
     """
 
-    sign = 1.0
-    is_exact = True
+    sign: ClassVar[float] = 1.0
+    is_exact: ClassVar[bool] = True
+    gathers: ClassVar[bool] = True
+    """Whether rows that are alike are worth more together; where places of one run compete, they are worth less."""
 
     def __init__(self, vectors: Tensor, size: int, index: Tensor) -> None:
         self.size = size
@@ -47,9 +50,13 @@ class Term(ABC):
         self.y = vectors.new_zeros(len(index), vectors.shape[1])
         self._refresh(torch.arange(self.runs))
 
-    def moving(self) -> Tensor:
-        """Return the units' vectors [units, entries]."""
-        return self.vectors[self.index]
+    def of(self, units: Tensor) -> Tensor:
+        """Return the vectors of some units [.., entries]."""
+        return self.vectors[self.index[units]]
+
+    def best_entries(self) -> Tensor:
+        """Mark the entries that each unit would have its run keep [units, entries], 0 or 1."""
+        return (self.vectors[self.index] != 0).to(self.vectors.dtype)
 
     def exchange(self, a: Tensor, b: Tensor) -> None:
         """Let units a and b (int64 [pairs], all different) change places."""
@@ -91,8 +98,12 @@ class Shared(Term):
         self.sums[runs] = sums
         kept, threshold = self._largest(sums)
         self.values[runs] = kept
-        self.y[units] = self.moving()[units] - (sums - threshold[:, None])[which]
+        self.y[units] = self.of(units) - (sums - threshold[:, None])[which]
         self.base[units] = self.keep * threshold.double()[which]
+
+    def best_entries(self) -> Tensor:
+        rows = self.vectors[self.index]
+        return torch.zeros_like(rows).scatter_(1, rows.topk(self.keep, dim=1).indices, 1.0)
 
     def _largest(self, sums: Tensor) -> tuple[Tensor, Tensor]:
         """Return the sum of the k largest entries of every row, and the k-th."""
@@ -102,13 +113,15 @@ class Shared(Term):
         return kept, threshold
 
     def exact(self, a: Tensor, b: Tensor) -> Tensor:
-        p, q, differ = self.run[a], self.run[b], self.vectors[self.index[b]] - self.vectors[self.index[a]]
+        p, q, differ = self.run[a], self.run[b], self.of(b) - self.of(a)
         new = self._largest(torch.cat([self.sums[p] + differ, self.sums[q] - differ]))[0].view(2, -1).sum(0)
         return torch.where(p == q, 0.0, new - self.values[p] - self.values[q])
 
 
 class NM(Term):
     """The n largest of every m neighbours."""
+
+    gathers = False
 
     def __init__(self, vectors: Tensor, size: int, index: Tensor, keep: int) -> None:
         self.keep = keep
@@ -120,7 +133,7 @@ class NM(Term):
         after = ranked[:, self.keep] if self.keep < self.size else torch.full_like(last, -torch.inf)
         sums = kept.sum(1)
         self.values[runs] = sums.sum(1, dtype=torch.float64)
-        mine = self.moving()[units]
+        mine = self.of(units)
         inside = mine >= last[which]  # without it, the next one moves up
         self.y[units] = torch.where(inside, after[which], last[which])
         rest = torch.where(inside, sums[which] - mine + after[which], sums[which])
@@ -135,6 +148,6 @@ class Loads(Term):
     def _compute(self, runs: Tensor, content: Tensor, units: Tensor, which: Tensor) -> None:
         count = content.sum(1)
         self.values[runs] = -(count > 0).sum(1, dtype=torch.float64)
-        rest = ((count[which] - self.moving()[units]) > 0).to(content.dtype)
+        rest = ((count[which] - self.of(units)) > 0).to(content.dtype)
         self.y[units] = rest
         self.base[units] = rest.sum(1, dtype=torch.float64)
