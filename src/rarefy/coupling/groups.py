@@ -46,8 +46,8 @@ class Member:
 class Group:
     """Units that may change places with each other, if they do so in every member at once.
 
-    Reordering the units of one group in all its members, or dropping a unit's places in all of them, leaves a network that
-    computes the same, or the same without that channel.
+    Reordering the units of one group in all its members leaves a network that computes the same; dropping a unit's places in
+    all of them leaves the same network without that channel (a convolution in groups must lose equally many in each).
     """
 
     units: int
