@@ -73,6 +73,7 @@ def units(coupling: Coupling, name: str, dim: int) -> list[int]:
         ("mobilenet-v2", 32, {"width": 0.5}, 25),
         ("efficientnet-b0", 32, {"width": 0.5}, 40),
         ("vgg-19-bn", 32, {"width": 0.25}, 16),
+        ("squeezenet", 64, {"width": 0.5}, 25),
         ("vit", 32, {"dim": 24, "depth": 2, "heads": 3}, 1 + 2 * (3 + 3 + 1)),
     ],
 )
