@@ -82,6 +82,22 @@ void unpack(const float* c, std::size_t width, std::size_t rows, std::size_t n, 
     }
 }
 
+std::size_t most_alike(const std::uint64_t* bits, const std::uint64_t* rows, std::size_t words, const std::uint32_t* which,
+                       std::size_t n) {
+    std::size_t best = 0;
+    int most = -1;
+    for (std::size_t i = 0; i < n; ++i) {
+        const std::uint64_t* row = rows + which[i] * words;
+        int common = 0;
+        for (std::size_t w = 0; w < words; ++w) common += __builtin_popcountll(row[w] & bits[w]);
+        if (common > most) {
+            most = common;
+            best = i;
+        }
+    }
+    return best;
+}
+
 }  // namespace
 
 const StripKernels strip{LANES,
@@ -90,6 +106,7 @@ const StripKernels strip{LANES,
                          &pack,
                          &pack_transposed,
                          &unpack_transposed,
-                         &unpack};
+                         &unpack,
+                         &most_alike};
 
 }  // namespace rarefy::RAREFY_LEVEL

@@ -63,6 +63,63 @@ Splits splits(std::array<std::size_t, 16> seen, std::size_t groups, std::size_t 
     return split;
 }
 
+// Where a row's nonzeros before input `end` end.
+std::uint32_t row_end(const Csr& w, std::size_t row, std::uint32_t from, std::uint32_t end) {
+    const std::int32_t* const last = w.col + w.crow[row + 1];
+    return static_cast<std::uint32_t>(std::lower_bound(w.col + from, last, static_cast<std::int32_t>(end)) - w.col);
+}
+
+// The nonzeros of some rows in one block of the inputs: row m's are at [begin[m], end[m]) of the matrix.
+struct RowRanges {
+    const Csr& w;
+    const std::vector<std::uint32_t>&begin, &end;
+    std::uint32_t from;       // the block's first input
+    std::size_t size;
+};
+
+// Orders the rows such that each GROUP of neighbours shares many columns: the fullest row that is left, and three times the one
+// with most columns in common with those before. Among rows near each other, so that the time stays in proportion to the nonzeros.
+std::vector<std::uint32_t> gather_alike(const RowRanges& r) {
+    constexpr std::size_t MOST = 512, WORDS_A_NONZERO = 96;
+    const std::size_t count = r.begin.size(), words = (r.size + 63) / 64;
+    std::vector<std::uint32_t> order(count);
+    std::iota(order.begin(), order.end(), 0u);
+    std::size_t nonzeros = 0;
+    for (std::size_t m = 0; m < count; ++m) nonzeros += r.end[m] - r.begin[m];
+    if (count <= GROUP || nonzeros == count * r.size) return order;
+    const std::size_t near = std::min(MOST, WORDS_A_NONZERO * nonzeros / (count * words));
+    if (near < 4 * GROUP) return order;
+    std::vector<std::uint64_t> bits(near * words), shared(words);
+    std::vector<std::uint32_t> left;
+    for (std::size_t first = 0; first < count; first += near) {
+        const std::size_t here = std::min(near, count - first);
+        std::fill(bits.begin(), bits.end(), 0);
+        for (std::size_t m = 0; m < here; ++m)
+            for (std::uint32_t at = r.begin[first + m]; at < r.end[first + m]; ++at) {
+                const std::uint32_t k = static_cast<std::uint32_t>(r.w.col[at]) - r.from;
+                bits[m * words + k / 64] |= std::uint64_t{1} << k % 64;
+            }
+        left.resize(here);
+        std::iota(left.begin(), left.end(), 0u);
+        std::stable_sort(left.begin(), left.end(), [&](std::uint32_t a, std::uint32_t b) {
+            return r.end[first + a] - r.begin[first + a] > r.end[first + b] - r.begin[first + b];
+        });
+        for (std::size_t done = 0; done < here; ++done) {
+            std::uint32_t* const next = left.data() + done;
+            if (done % GROUP == 0) {
+                std::copy_n(bits.data() + *next * words, words, shared.data());
+            } else {
+                std::uint32_t* const best =
+                    next + strip_kernels().most_alike(shared.data(), bits.data(), words, next, here - done);
+                std::rotate(next, best, best + 1);
+                for (std::size_t i = 0; i < words; ++i) shared[i] |= bits[*next * words + i];
+            }
+            order[first + done] = static_cast<std::uint32_t>(first) + *next;
+        }
+    }
+    return order;
+}
+
 }  // namespace
 
 Stream::Stream(const Csr& w, const std::vector<std::size_t>& ends, Packing packing, std::size_t parts, Words words)
@@ -93,7 +150,7 @@ void Stream::pack_groups(const Csr& w, std::size_t part) {
         std::size_t column_at, columns, value_at, nonzeros;
     };
     const std::size_t first = first_row(part), count = rows(part), groups = (count + GROUP - 1) / GROUP;
-    std::vector<std::uint32_t> next(count);
+    std::vector<std::uint32_t> next(count), stop(count);
     for (std::size_t m = 0; m < count; ++m) next[m] = static_cast<std::uint32_t>(w.crow[first + m]);
     std::vector<Group> found(groups);
     std::vector<Column> merged;               // of all groups, one after the other
@@ -103,22 +160,21 @@ void Stream::pack_groups(const Csr& w, std::size_t part) {
     for (std::size_t block = 0; block < blocks(); ++block) {
         const auto from = static_cast<std::uint32_t>(block_first(block)), end = static_cast<std::uint32_t>(ends_[block]);
         merged.clear();
+        for (std::size_t m = 0; m < count; ++m) stop[m] = row_end(w, first + m, next[m], end);
+        const std::vector<std::uint32_t> members = gather_alike({w, next, stop, from, end - from});
         std::array<std::size_t, 16> seen{};
         for (std::size_t g = 0; g < groups; ++g) {
-            const std::size_t base = g * GROUP, here = std::min(GROUP, count - base);
+            const std::uint32_t* const row = members.data() + g * GROUP;
+            const std::size_t here = std::min(GROUP, count - g * GROUP);
             for (;;) {  // merge the rows' columns
                 std::uint32_t k = end;
-                for (std::size_t r = 0; r < here; ++r) {
-                    const std::uint32_t at = next[base + r];
-                    if (at < static_cast<std::uint64_t>(w.crow[first + base + r + 1]))
-                        k = std::min(k, static_cast<std::uint32_t>(w.col[at]));
-                }
+                for (std::size_t r = 0; r < here; ++r)
+                    if (next[row[r]] < stop[row[r]]) k = std::min(k, static_cast<std::uint32_t>(w.col[next[row[r]]]));
                 if (k >= end) break;
                 Column column{k, {}, 0};
                 for (std::size_t r = 0; r < here; ++r) {
-                    std::uint32_t& at = next[base + r];
-                    if (at < static_cast<std::uint64_t>(w.crow[first + base + r + 1]) &&
-                        static_cast<std::uint32_t>(w.col[at]) == k) {
+                    std::uint32_t& at = next[row[r]];
+                    if (at < stop[row[r]] && static_cast<std::uint32_t>(w.col[at]) == k) {
                         column.pattern = static_cast<std::uint8_t>(column.pattern | 1u << r);
                         column.at[r] = at++;
                     }
@@ -155,8 +211,8 @@ void Stream::pack_groups(const Csr& w, std::size_t part) {
         for (const Group& group : found) {
             counts_.insert(counts_.end(), group.counts.begin(), group.counts.end());
             for (std::size_t r = 0; r < GROUP; ++r) {
-                const std::size_t row = group.index * GROUP + r;
-                rows_.push_back(row < count ? static_cast<std::uint32_t>(row) : NO_ROW);
+                const std::size_t place = group.index * GROUP + r;
+                rows_.push_back(place < count ? members[place] : NO_ROW);
             }
             const auto copy = [](auto& to, const auto& all, std::size_t at, std::size_t n) {
                 const auto begin = all.begin() + static_cast<std::ptrdiff_t>(at);
@@ -174,11 +230,7 @@ void Stream::pack_slices(const Csr& w, std::size_t part, std::size_t height) {
     for (std::size_t m = 0; m < count; ++m) next[m] = static_cast<std::uint32_t>(w.crow[first + m]);
     for (std::size_t block = 0; block < blocks(); ++block) {
         const auto from = static_cast<std::uint32_t>(block_first(block)), end = static_cast<std::uint32_t>(ends_[block]);
-        for (std::size_t m = 0; m < count; ++m) {
-            const auto row_end = static_cast<std::uint32_t>(w.crow[first + m + 1]);
-            stop[m] = static_cast<std::uint32_t>(
-                std::lower_bound(w.col + next[m], w.col + row_end, static_cast<std::int32_t>(end)) - w.col);
-        }
+        for (std::size_t m = 0; m < count; ++m) stop[m] = row_end(w, first + m, next[m], end);
         std::iota(by_length.begin(), by_length.end(), 0u);
         std::stable_sort(by_length.begin(), by_length.end(),
                          [&](std::uint32_t a, std::uint32_t b) { return stop[a] - next[a] < stop[b] - next[b]; });

@@ -4,8 +4,9 @@
 // for the first cache. A Stream is a sparse weight packed once for blocks of inputs. The load ports are what limits such a
 // product, so the weights are packed in groups of four rows: within a group and a block, columns are sorted by which of the four
 // rows use them (15 patterns), and one load of activations serves up to four rows. Each pattern is a straight run without
-// branches. Where few rows share a column, the badly predicted ends of short runs cost more than loads: there four rows of like
-// lengths go in step, a weight of each at a time (quads). For few columns (V <= 2) latency is the limit: eight rows (slices).
+// branches, and rows that use the same columns are put into one group wherever they stand in the weight. Where few rows share a
+// column, the badly predicted ends of short runs cost more than loads: there four rows of like lengths go in step, a weight of
+// each at a time (quads). For few columns (V <= 2) latency is the limit: eight rows (slices).
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -83,6 +84,9 @@ struct StripKernels {
     // y[m * ld + i] = act(c[m * width + i] + bias[m] + residual): n columns of every row.
     void (*unpack)(const float* c, std::size_t width, std::size_t rows, std::size_t n, float* y, std::size_t ld,
                    const Epilogue&);
+    // Which of the rows of bits (those `which` names, of `words` words each) has most bits in common with `bits`: the first such.
+    std::size_t (*most_alike)(const std::uint64_t* bits, const std::uint64_t* rows, std::size_t words, const std::uint32_t* which,
+                              std::size_t n);
 };
 RAREFY_EVERY_LEVEL(extern const StripKernels strip)
 

@@ -13,16 +13,18 @@ from rarefy.errors import RarefyError, nearest
 
 if TYPE_CHECKING:
     from rarefy.deploy import accelerate, load, save
+    from rarefy.rearrangement import rearrange
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Method", "RarefyError", "Sparsifier", "__version__", "accelerate",
-    "load", "methods", "save", "show_config", "sparsify",
+    "load", "methods", "rearrange", "save", "show_config", "sparsify",
 ]  # fmt: skip
 
 _ROOMS = (
     "allocation",
+    "coupling",
     "data",
     "deploy",
     "kernels",
@@ -30,12 +32,13 @@ _ROOMS = (
     "models",
     "nn",
     "patterns",
+    "rearrangement",
     "report",
     "schedules",
     "scores",
     "training",
 )
-_LATE = {"accelerate": "deploy", "load": "deploy", "save": "deploy"}
+_LATE = {"accelerate": "deploy", "load": "deploy", "rearrange": "rearrangement", "save": "deploy"}
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import rarefy
 from rarefy import methods
 
-PATTERNS = ["unstructured", "2:4", "1:4@0", "4x1", "2x4", "channel", "column", "fan-in"]
+PATTERNS = ["unstructured", "2:4", "1:4@0", "4x1", "2x4", "channel", "column", "fan-in", "group4", "group4-tap"]
 MASKED = [name for name in methods.available() if name not in ("dense", "small-dense")]
 
 

@@ -10,9 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rarefy.errors import OptionError, PatternError
-from rarefy.patterns import NM, PATTERNS, Block, FanIn, Pattern, Slice, Unstructured, parse_pattern
+from rarefy.patterns import NM, PATTERNS, Block, FanIn, FilterGroup, Pattern, Slice, Unstructured, parse_pattern
 
-ALL: list[Pattern] = [Unstructured(), NM(2, 4), Block(2, 2), Slice(0), Slice(1), FanIn()]
+ALL: list[Pattern] = [
+    Unstructured(),
+    NM(2, 4),
+    Block(2, 2),
+    Slice(0),
+    Slice(1),
+    FanIn(),
+    FilterGroup(4),
+    FilterGroup(2, taps=True),
+]
 
 
 @given(out=st.integers(1, 40), into=st.integers(1, 40), density=st.floats(0, 1))

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rarefy.patterns import NM, Block, FanIn, Pattern, Slice, Unstructured
+from rarefy.patterns import NM, Block, FanIn, FilterGroup, Pattern, Slice, Unstructured
 
 EXACT = settings(max_examples=30, deadline=None)
 
@@ -40,6 +40,11 @@ SMALL: list[tuple[Pattern, tuple[int, ...]]] = [
     (Slice(1), (2, 3, 1, 2)),
     (FanIn(), (3, 4)),
     (FanIn(), (2, 3, 2)),
+    (FilterGroup(2), (4, 3)),
+    (FilterGroup(3), (3, 4)),
+    (FilterGroup(2), (2, 3, 2)),
+    (FilterGroup(2, taps=True), (4, 1, 3)),
+    (FilterGroup(8), (2, 4)),
 ]
 LARGER: list[tuple[Pattern, tuple[int, ...]]] = [
     (Unstructured(), (5, 7, 3, 3)),
@@ -52,6 +57,9 @@ LARGER: list[tuple[Pattern, tuple[int, ...]]] = [
     (Slice(0), (5, 4, 3, 3)),
     (Slice(1), (5, 4, 2, 3, 2)),
     (FanIn(), (5, 4, 3)),
+    (FilterGroup(4), (8, 6)),
+    (FilterGroup(4), (8, 3, 3, 3)),
+    (FilterGroup(2, taps=True), (6, 4, 2, 3)),
 ]
 
 
@@ -83,6 +91,18 @@ def obeys_by_definition(pattern: Pattern, mask: torch.Tensor) -> bool:
             return all(len(set(block)) == 1 for block in blocks)
         case Slice(dim):
             return all(len(set(part.flatten().tolist())) == 1 for part in mask.unbind(dim))
+        case FilterGroup(size, taps):
+            flat = mask.reshape(*mask.shape[:2], -1)
+            kept = []
+            for i in range(0, flat.shape[0], size):
+                part = flat[i : i + size]
+                units = [part[:, c, t] for c in range(part.shape[1]) for t in range(part.shape[2])]
+                if not taps:
+                    units = [part[:, c] for c in range(part.shape[1])]
+                if any(len(set(unit.flatten().tolist())) > 1 for unit in units):
+                    return False
+                kept.append(sum(bool(unit.any()) for unit in units))
+            return len(set(kept)) == 1
         case FanIn():
             return len({sum(row.flatten().tolist()) for row in mask}) == 1
     raise AssertionError(pattern)
@@ -223,3 +243,22 @@ def test_grouped_and_depthwise_convolutions() -> None:
     assert Slice(0).units(depthwise.shape) == (1, 8)
     assert NM(2, 4, dim=0).project(depthwise, 2).sum() == 36
     assert FanIn().project(depthwise, 3).sum() == 24
+
+
+@pytest.mark.parametrize("taps", [False, True])
+@pytest.mark.parametrize("shape", [(5, 4, 1), (7, 3, 2), (18, 5, 3, 3)])
+def test_a_short_last_group_keeps_as_many_units_as_the_others(taps: bool, shape: tuple[int, ...]) -> None:
+    pattern = FilterGroup(4, taps)
+    scores = torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    groups, units = pattern.units(shape)
+    assert (groups, units) == (math.ceil(shape[0] / 4), math.prod(shape[1:]) if taps else shape[1])
+    for keep in range(units + 1):
+        mask = pattern.project(scores, keep)
+        assert obeys_by_definition(pattern, mask) and pattern.obeys(mask)
+        for i in range(0, shape[0], 4):  # each group by itself, the short one too
+            part, kept = scores[i : i + 4].flatten(2), mask[i : i + 4].flatten(2)
+            best = (part.sum(0) if taps else part.sum((0, 2))).flatten().topk(keep).values.sum()
+            assert part[kept].sum().item() == pytest.approx(best.item())
+    uneven = pattern.project(scores, 1)
+    uneven[-1] = True
+    assert not pattern.obeys(uneven)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from rarefy.engine.optimizer_state import Optimizers
 from rarefy.engine.selection import Target
+from rarefy.errors import OptionError
 from rarefy.patterns import Pattern
 
 
@@ -133,6 +134,10 @@ class Layer(ABC):
     @abstractmethod
     def keep(self, mask: Tensor) -> Change:
         """Keep exactly the weights where `mask` (bool, weight-shaped) is True; like `rewire` with a whole mask."""
+
+    def reorder(self, move: Callable[[Tensor], None]) -> None:
+        """Follow channels that changed places in the weight: `move` does the same, in place, to a tensor of its shape."""
+        raise OptionError(f"{self.name} {list(self.shape)}: this storage cannot follow channels that change places.")
 
     @abstractmethod
     def scale_outputs(self, factors: Tensor) -> None:

@@ -47,6 +47,25 @@ class Optimizers:
                     value.masked_fill_(where.to(value.device), fresh_value(optimizer, group, key))
 
     @torch.no_grad()
+    def change(self, parameter: nn.Parameter, change: Callable[[Tensor], None]) -> None:
+        """Let `change` work in place on every per-element state tensor of `parameter`."""
+        for optimizer, _ in self._groups(parameter):
+            for value in optimizer.state.get(parameter, {}).values():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    change(value)
+
+    def not_per_element(self, parameter: nn.Parameter) -> Iterator[tuple[Optimizer, str]]:
+        """Yield the state that is neither one number for each weight nor one for all: row sums, histories."""
+        for optimizer, group in self._groups(parameter):
+            shared = optimizer.state.get(group["params"][0], {}) if isinstance(optimizer, torch.optim.LBFGS) else {}
+            for key, value in [*optimizer.state.get(parameter, {}).items(), *shared.items()]:
+                size = (
+                    value.numel() if isinstance(value, Tensor) else len(value) if isinstance(value, list | tuple) else 1
+                )
+                if size > 1 and not (isinstance(value, Tensor) and value.shape == parameter.shape):
+                    yield optimizer, key
+
+    @torch.no_grad()
     def exchange(self, old: nn.Parameter, new: nn.Parameter, convert: Callable[[Tensor, float], Tensor]) -> None:
         """Put `new` in the place of `old`, with `convert(state tensor, fresh value)` of every per-element state tensor.
 

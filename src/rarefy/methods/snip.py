@@ -31,7 +31,8 @@ class SNIP(Method):
     Options:
         sparsity: fraction of zeros over the sparse layers, in [0, 1). Default 0.9.
         allocation: "global" (default, the paper's); any other rule takes the best s within each layer's share.
-        pattern: "unstructured" (default), "N:M", "RxC", "channel", "column", "fan-in"; a unit's score is its sum.
+        pattern: "unstructured" (default), "N:M", "RxC", "channel", "column", "fan-in", "groupG"; a unit is scored by
+            its sum.
 
     Raises OptionError when there is no calibration data or a score is not a number. Warns when a layer keeps nothing.
     """

@@ -27,7 +27,7 @@ class Static(Method):
         allocation: how the layers share it: "erk" (default, as the paper), "er", "uniform", "uniform+" (first layer
             dense), or sparsities by layer-name glob. "global" and "lamp" rank by |w|, "global" random positions in
             those layer densities.
-        pattern: "unstructured" (default), "N:M", "RxC", "channel", "column", "fan-in".
+        pattern: "unstructured" (default), "N:M", "RxC", "channel", "column", "fan-in", "groupG".
         init: "fan-in" (default) multiplies each output unit's weights by sqrt(fan-in / kept fan-in), so that signals
             keep their variance (Evci et al. 2022, arXiv 2010.03533, eq. 2); "dense" leaves the weights as they are:
             use it for a trained network.

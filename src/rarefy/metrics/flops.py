@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from rarefy.errors import ModelError, OptionError
 from rarefy.metrics._counter import RECURRENT, AttentionMode, OpMode, Tally
 from rarefy.metrics._masks import Masks, fit
+from rarefy.metrics._run import arguments, left_as_it_was
 from rarefy.metrics._weights import Weights
 
 
@@ -113,7 +114,7 @@ def flops(model: nn.Module, example_input: Any, masks: Masks | None = None, *, b
     (24.0, 6.0, LayerFlops(dense=24.0, sparse=6.0))
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
-    args, kwargs = _arguments(example_input)
+    args, kwargs = arguments(example_input)
     samples = _batch_size((args, kwargs)) if batch is None else batch
     if samples < 1:
         raise OptionError(f"batch is {samples}, but at least one sample is needed; give `example_input` with samples")
@@ -121,7 +122,7 @@ def flops(model: nn.Module, example_input: Any, masks: Masks | None = None, *, b
     weights = Weights(model, fitted)
     tally = Tally(model, weights)
     with ExitStack() as stack:
-        stack.enter_context(_left_as_it_was(model))
+        stack.enter_context(left_as_it_was(model))
         stack.enter_context(_hooks(model, tally, weights, {fitted.labels[name]: m for name, m in fitted.masks.items()}))
         stack.enter_context(torch.no_grad())
         stack.enter_context(AttentionMode(tally))
@@ -140,14 +141,6 @@ def flops(model: nn.Module, example_input: Any, masks: Masks | None = None, *, b
     return FlopsReport(layers, dict(weights.sizes), samples, unknown)
 
 
-def _arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(example, Mapping):
-        return (), dict(example)
-    if isinstance(example, (tuple, list)) and not isinstance(example, PackedSequence):
-        return tuple(example), {}
-    return (example,), {}
-
-
 def _batch_size(inputs: Any) -> int:
     for leaf in tree_leaves(inputs, is_leaf=lambda x: isinstance(x, PackedSequence)):
         if isinstance(leaf, PackedSequence):
@@ -155,30 +148,6 @@ def _batch_size(inputs: Any) -> int:
         if isinstance(leaf, torch.Tensor) and leaf.dim() > 0:
             return int(leaf.shape[0])
     return 1
-
-
-@contextmanager
-def _left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Run the block in eval mode; put back training flags, buffers, random state and the attention fast path."""
-    flags = [(module, module.training) for module in model.modules()]
-    buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None]
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices), torch.compiler.set_stance("force_eager"):
-        try:
-            for module, _ in flags:
-                module.training = False
-            torch.backends.mha.set_fastpath_enabled(False)  # it would hide the projections in one fused operation
-            yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast_path)
-            for module, training in flags:
-                module.training = training
-            with torch.no_grad():
-                for module, name, buffer, value in buffers:
-                    if not buffer.is_meta:
-                        buffer.copy_(value)
-                    module._buffers[name] = buffer
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rarefy.patterns.base import Pattern
-from rarefy.patterns.kinds import NM, Block, FanIn, Slice, Unstructured
+from rarefy.patterns.kinds import NM, Block, FanIn, FilterGroup, Slice, Unstructured
 from rarefy.patterns.parsing import PATTERNS, parse_pattern
 
-__all__ = ["NM", "PATTERNS", "Block", "FanIn", "Pattern", "Slice", "Unstructured", "parse_pattern"]
+__all__ = ["NM", "PATTERNS", "Block", "FanIn", "FilterGroup", "Pattern", "Slice", "Unstructured", "parse_pattern"]

@@ -267,11 +267,11 @@ class Pattern(ABC):
         self.check(mask.shape, "mask")
         if mask.dtype != torch.bool:
             raise PatternError(f"mask {list(mask.shape)}: dtype is {mask.dtype}, not bool; pass mask != 0")
-        return self._obeyed_by(self.pool(mask), self.unit_size(mask.shape))
+        return self._obeyed_by(self.pool(mask), self.pool(torch.ones_like(mask)))
 
     @abstractmethod
-    def _obeyed_by(self, kept: Tensor, unit_size: int) -> bool:
-        """Tell whether kept weights per unit [G, U] are allowed."""
+    def _obeyed_by(self, kept: Tensor, whole: Tensor) -> bool:
+        """Tell whether kept weights per unit [G, U] are allowed; `whole` are all of a unit's weights."""
 
     def _miscount(self, smallest: int, largest: int) -> str | None:
         """Say why keeping from `smallest` to `largest` units in a group breaks the pattern; None if it does not."""

@@ -1,4 +1,4 @@
-"""The patterns: unstructured, N:M, blocks, whole rows or columns, constant fan-in."""
+"""The patterns: unstructured, N:M, blocks, whole rows or columns, constant fan-in, inputs shared by groups of filters."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
+from torch.nn import functional
 
 from rarefy.errors import OptionError, PatternError
 from rarefy.patterns.base import Fold, Pattern
@@ -35,7 +36,7 @@ class Unstructured(Pattern):
     def _fold(self, shape: tuple[int, ...]) -> Fold:
         return Fold(split=(math.prod(shape),), groups=(), units=(0,))
 
-    def _obeyed_by(self, kept: Tensor, unit_size: int) -> bool:
+    def _obeyed_by(self, kept: Tensor, whole: Tensor) -> bool:
         return True
 
 
@@ -120,7 +121,7 @@ class NM(Pattern):
     def _miscount(self, smallest: int, largest: int) -> str | None:
         return f"keeping {largest} in a group does not obey {self}; keep {self.n}" if largest > self.n else None
 
-    def _obeyed_by(self, kept: Tensor, unit_size: int) -> bool:
+    def _obeyed_by(self, kept: Tensor, whole: Tensor) -> bool:
         return bool((kept.sum(1) <= self.n).all())
 
 
@@ -173,8 +174,8 @@ class Block(Pattern):
         split = (shape[0] // self.rows, self.rows, shape[1] // self.cols, self.cols, *shape[2:])
         return Fold(split, groups=(), units=(0, 2, *range(4, len(split))), inner=(1, 3))
 
-    def _obeyed_by(self, kept: Tensor, unit_size: int) -> bool:
-        return _all_or_nothing(kept, unit_size)
+    def _obeyed_by(self, kept: Tensor, whole: Tensor) -> bool:
+        return _all_or_nothing(kept, whole)
 
 
 @dataclass(frozen=True)
@@ -212,8 +213,8 @@ class Slice(Pattern):
         inner = tuple(axis for axis in range(len(shape)) if axis != self.dim)
         return Fold(shape, groups=(), units=(self.dim,), inner=inner)
 
-    def _obeyed_by(self, kept: Tensor, unit_size: int) -> bool:
-        return _all_or_nothing(kept, unit_size)
+    def _obeyed_by(self, kept: Tensor, whole: Tensor) -> bool:
+        return _all_or_nothing(kept, whole)
 
 
 @dataclass(frozen=True)
@@ -244,10 +245,83 @@ class FanIn(Pattern):
             return None
         return f"keep runs from {smallest} to {largest}; constant fan-in needs one number for all rows"
 
-    def _obeyed_by(self, kept: Tensor, unit_size: int) -> bool:
+    def _obeyed_by(self, kept: Tensor, whole: Tensor) -> bool:
         in_row = kept.sum(1)
         return bool((in_row == in_row[0]).all())
 
 
-def _all_or_nothing(kept: Tensor, unit_size: int) -> bool:
-    return bool(((kept == 0) | (kept == unit_size)).all())
+@dataclass(frozen=True)
+class FilterGroup(Pattern):
+    """Within each group of `size` filters, all filters drop the same input channels, and every group keeps equally many.
+
+    Finer than whole filters, coarser than single weights: one index serves `size` weights, so that a vector of them is
+    loaded at once. Groups are runs of `size` outputs (the last may be shorter); units are the inputs of a group, with all
+    kernel positions ("kernel sparsity"), or with `taps` each position by itself: G = ceil(shape[0] / size),
+    U = shape[1], or shape[1] * positions. For a linear layer or a 1x1 convolution a unit is a block of `size` x 1.
+    A mask obeys when units are kept or dropped whole and all groups keep the same number. `unit_size` is that of a full
+    group.
+
+    Attributes:
+        size: filters in a group: the lanes of a vector (16 for AVX-512, 8 for AVX2, 4 for NEON).
+        taps: choose every kernel position by itself.
+
+    Raises:
+        PatternError: size is less than 1.
+
+    Source: Xu et al. 2023 (SparseByteNN), arXiv 2310.19509, names the pattern; the paper's details are not published, and
+    these are a reconstruction.
+
+    Example:
+        >>> import torch
+        >>> from rarefy.patterns import FilterGroup
+        >>> FilterGroup(2).project(torch.tensor([[3.0, 2.0], [0.0, 2.0], [5.0, 1.0]]), keep=1)
+        tensor([[False,  True],
+                [False,  True],
+                [ True, False]])
+    """
+
+    size: int
+    taps: bool = False
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise PatternError(f"{self}: a group needs 1 filter or more")
+
+    def __str__(self) -> str:
+        return f"group{self.size}" + ("-tap" if self.taps else "")
+
+    def pool(self, t: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+        shape = tuple(t.shape if shape is None else shape)
+        self.check(shape)
+        whole = self._whole(shape)
+        missing = [0] * (2 * len(shape) - 1) + [whole[0] - shape[0]]
+        return super().pool(functional.pad(t.reshape(shape), missing) if missing[-1] else t, whole)
+
+    def expand(self, units: Tensor, shape: Sequence[int]) -> Tensor:
+        self.check(shape)
+        return super().expand(units, self._whole(tuple(shape)))[: shape[0]]
+
+    def _whole(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        size = min(self.size, shape[0])
+        return (-(-shape[0] // size) * size, *shape[1:])
+
+    def _fold(self, shape: tuple[int, ...]) -> Fold:
+        size = min(self.size, shape[0])
+        split = (-(-shape[0] // size), size, *shape[1:])
+        positions = tuple(range(3, len(split)))
+        if self.taps:
+            return Fold(split, groups=(0,), units=(2, *positions), inner=(1,))
+        return Fold(split, groups=(0,), units=(2,), inner=(1, *positions))
+
+    def _miscount(self, smallest: int, largest: int) -> str | None:
+        return (
+            None if smallest == largest else f"keep runs from {smallest} to {largest}; {self} needs one number for all"
+        )
+
+    def _obeyed_by(self, kept: Tensor, whole: Tensor) -> bool:
+        in_group = (kept > 0).sum(1)
+        return _all_or_nothing(kept, whole) and bool((in_group == in_group[0]).all())
+
+
+def _all_or_nothing(kept: Tensor, whole: Tensor) -> bool:
+    return bool(((kept == 0) | (kept == whole)).all())

@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 from rarefy.errors import OptionError, nearest
 from rarefy.patterns.base import Pattern
-from rarefy.patterns.kinds import NM, Block, FanIn, Slice, Unstructured
+from rarefy.patterns.kinds import NM, Block, FanIn, FilterGroup, Slice, Unstructured
 
 _WORDS: dict[str, Pattern] = {
     "unstructured": Unstructured(),
@@ -20,7 +20,14 @@ _WORDS: dict[str, Pattern] = {
 }
 
 PATTERNS: Mapping[str, Pattern] = MappingProxyType(
-    {**_WORDS, "2:4": NM(2, 4), "2:4@0": NM(2, 4, 0), "4x1": Block(4, 1)}
+    {
+        **_WORDS,
+        "2:4": NM(2, 4),
+        "2:4@0": NM(2, 4, 0),
+        "4x1": Block(4, 1),
+        "group16": FilterGroup(16),
+        "group16-tap": FilterGroup(16, taps=True),
+    }
 )
 """Texts that `parse_pattern` reads: every word, and one example of each form with numbers."""
 
@@ -36,6 +43,7 @@ def parse_pattern(text: str | Pattern) -> Pattern:
     | `row`, `channel`, `filter` | `Slice(0)` |
     | `column` | `Slice(1)` |
     | `fan-in` | `FanIn()` |
+    | `group16`, `group16-tap` | `FilterGroup(16)`, `FilterGroup(16, taps=True)` |
 
     Case and outer blanks do not matter; `parse_pattern(str(pattern)) == pattern` for every pattern.
 
@@ -64,4 +72,6 @@ def parse_pattern(text: str | Pattern) -> Pattern:
         return NM(int(n), int(m), int(dim))
     if match := re.fullmatch(r"(\d+)x(\d+)", word):
         return Block(*map(int, match.groups()))
+    if match := re.fullmatch(r"group(\d+)(-tap)?", word):
+        return FilterGroup(int(match[1]), taps=match[2] is not None)
     raise OptionError(f"unknown pattern {text!r}{nearest(word, PATTERNS)}; use one of {', '.join(PATTERNS)}")
