@@ -94,7 +94,9 @@ Spmm::Spmm(const Csr& w, std::size_t columns, std::size_t threads, For use, Word
 void Spmm::tiles(std::size_t columns, std::size_t threads, const std::function<void(const Task&)>& work) const {
     const std::size_t lanes = strip_kernels().lanes, vectors = (columns + lanes - 1) / lanes;
     const std::size_t usual = usual_vectors(stream_->packing()), most = most_vectors(stream_->packing());
-    std::size_t count = std::max((vectors + most - 1) / most, (vectors + usual / 2) / usual);
+    std::size_t count = (vectors + most - 1) / most;
+    const bool few = vectors <= 2 * most && stream_->packing() == Packing::groups;  // then as few tiles as can be
+    if (!few) count = std::max(count, (vectors + usual / 2) / usual);
     count = std::max<std::size_t>(count, 1);
     const std::size_t parts = stream_->parts();
     const bool whole = fits_ && (threads <= 1 || count >= 3 * threads || parts == 1);
