@@ -135,6 +135,10 @@ class Layer(ABC):
         """Keep exactly the weights where `mask` (bool, weight-shaped) is True; like `rewire` with a whole mask."""
 
     @abstractmethod
+    def set_weight(self, weight: Tensor) -> None:
+        """Give the kept weights the values of a dense weight (weight-shaped); the others stay zero."""
+
+    @abstractmethod
     def scale_outputs(self, factors: Tensor) -> None:
         """Multiply the weights of each output unit (dimension 0) by a factor; float [shape[0]]."""
 
