@@ -48,7 +48,7 @@ def test_it_is_the_one_level_that_adds_up(pairs: list[tuple[float, float]], k: i
             assert levels.tolist() == pytest.approx([mu] * levels.numel(), rel=1e-6)
             assert bool((mu * a[u == 0] - c[u == 0] <= 1e-6 * (1 + c[u == 0])).all())
             assert bool((mu * a[u == 1] - c[u == 1] >= 1 - 1e-6 * (2 + c[u == 1])).all())
-        elif 0 < k:
+        elif k > 0:
             full, empty = u == 1, u == 0
             top, bottom = ((1 + c) / a)[full].max(), (c / a)[empty & (a > 0)].min()
             assert top <= bottom * (1 + 1e-9)

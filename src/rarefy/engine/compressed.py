@@ -98,6 +98,16 @@ class CompressedLayer(Layer):
         flat[self._kept()] = self._values()
         return flat.view(self.shape)
 
+    def live_weight(self) -> Tensor:
+        flat = torch.zeros(self.numel, dtype=self._sparse.values.dtype, device=self._sparse.values.device)
+        return flat.index_put((self._kept(),), self._sparse.values).view(self.shape)
+
+    def step_size(self) -> float | Tensor | None:
+        step = super().step_size()
+        if not isinstance(step, Tensor) or step.dim() == 0:
+            return step
+        return step.new_ones(self.numel).index_put((self._kept(),), step).view(self.shape)
+
     def counts(self, chosen: Tensor | None = None) -> Tensor:
         if self.groups == 1:
             return torch.tensor([self.nnz if chosen is None else chosen.numel()])
@@ -160,6 +170,10 @@ class CompressedLayer(Layer):
             chosen = self._select(scores, counts[first:last])
             found.append(chosen.reshape(-1).nonzero().squeeze(1) + first * size)
         return torch.cat(found)
+
+    def spread(self, chosen: Tensor) -> Tensor:
+        flat = torch.zeros(self.numel, dtype=torch.bool, device=chosen.device)
+        return flat.index_fill_(0, chosen, True).view(self.shape)
 
     def _select(self, scores: Tensor, counts: Tensor | int) -> Tensor:
         try:

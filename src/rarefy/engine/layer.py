@@ -99,6 +99,17 @@ class Layer(ABC):
     def explored(self) -> int:
         """Return how many weights have been kept at any time so far."""
 
+    @abstractmethod
+    def live_weight(self) -> Tensor:
+        """Return the weight as a dense tensor that gradients flow through to what is trained."""
+
+    def step_size(self) -> float | Tensor | None:
+        """Return how far the optimizer goes along a constant gradient in a step: a number, or weight-shaped.
+
+        None where no optimizer holds the weight. See `rarefy.engine.step_size`.
+        """
+        return self._optimizers.step_size(self.target.parameter)
+
     # --- choosing units (opaque results) ----------------------------------------------------------------------------
 
     @abstractmethod
@@ -119,6 +130,10 @@ class Layer(ABC):
 
         The method must have asked for this step's dense gradient (`Method.wants_gradient`).
         """
+
+    @abstractmethod
+    def spread(self, chosen: Tensor) -> Tensor:
+        """Return where the chosen units' weights are: bool, weight-shaped."""
 
     # --- changing ---------------------------------------------------------------------------------------------------
 
@@ -158,6 +173,10 @@ class Layer(ABC):
 
     def restore(self) -> None:
         """Give the module its dense weight back, where this storage had taken it; called once detached."""
+        return
+
+    def mask_gradient(self) -> None:
+        """Drop what was added to `.grad` outside the mask."""
         return
 
     @abstractmethod

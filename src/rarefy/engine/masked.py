@@ -75,6 +75,9 @@ class MaskedLayer(Layer):
         weight = self.parameter.detach()
         return weight if self._attached or self._nnz == self.numel else weight.masked_fill(~self._here(), 0)
 
+    def live_weight(self) -> Tensor:
+        return self.parameter
+
     def counts(self, chosen: Tensor | None = None) -> Tensor:
         return (self._kept_units() if chosen is None else chosen).sum(dim=1)
 
@@ -117,6 +120,9 @@ class MaskedLayer(Layer):
             absent = (~besides[0]).nonzero().squeeze(1)
             chosen[0, absent[sample(absent.numel(), int(counts), generator).to(device)]] = True
         return chosen
+
+    def spread(self, chosen: Tensor) -> Tensor:
+        return self.pattern.expand(chosen, self.shape)
 
     # --- changing ---------------------------------------------------------------------------------------------------
 
@@ -207,8 +213,7 @@ class MaskedLayer(Layer):
             return
         self._handles.append(parameter.register_post_accumulate_grad_hook(self._after_backward))
         if self._nnz < self.numel:  # what came before the hook was not masked
-            if parameter.grad is not None:
-                kernels.apply_mask_(parameter.grad, self._here())
+            self.mask_gradient()
             self._optimizers.refresh(parameter, ~self._here())
 
     @torch.no_grad()
@@ -217,9 +222,12 @@ class MaskedLayer(Layer):
         if parameter.grad is None or parameter is not self.parameter:
             return
         self._gradient.commit()
-        if self._nnz < self.numel:
-            kernels.apply_mask_(parameter.grad, self._here())
+        self.mask_gradient()
         self._gradient.leave(parameter.grad)
+
+    def mask_gradient(self) -> None:
+        if self._nnz < self.numel and self.parameter.grad is not None:
+            kernels.apply_mask_(self.parameter.grad, self._here())
 
     def watch_gradient(self, wanted: bool) -> None:
         self._gradient.watch(self.parameter if wanted else None)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rarefy.engine.step_size import step_size
 from rarefy.errors import OptionError
 
 _WRAPPER_FILE = inspect.getsourcefile(Optimizer)  # where torch's wrapper around `step` lives
@@ -83,6 +84,11 @@ class Optimizers:
                     else:
                         state[key] = new
 
+    def step_size(self, parameter: nn.Parameter) -> float | Tensor | None:
+        """Return how far the parameter's optimizer goes along a constant gradient in a step; None: none holds it."""
+        found = next(self._groups(parameter), None)
+        return None if found is None else step_size(*found, found[0].state.get(parameter, {}))
+
     def learning_rates(self) -> list[float]:
         """Return the learning rate of every parameter group."""
         return [float(group["lr"]) for o in self.all for group in o.param_groups if "lr" in group]
@@ -104,6 +110,12 @@ class Optimizers:
             for group in optimizer.param_groups:
                 if any(p is parameter for p in group["params"]):
                     yield optimizer, group
+
+
+def was_skipped(optimizer: Optimizer) -> bool:
+    """Whether GradScaler let a fused optimizer run a step that its kernel skipped because of infinities."""
+    found = getattr(optimizer, "found_inf", None)
+    return isinstance(found, Tensor) and bool(found.item())
 
 
 def check_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from rarefy.engine import penalties
 from rarefy.engine.compressed import CompressedLayer
 from rarefy.engine.events import Cost, Event
 from rarefy.engine.layer import Change, Layer
 from rarefy.engine.loading import AfterLoad
 from rarefy.engine.masked import MaskedLayer
 from rarefy.engine.method import Method
-from rarefy.engine.optimizer_state import Optimizers, check_optimizers, inside_another_step
+from rarefy.engine.optimizer_state import Optimizers, check_optimizers, inside_another_step, was_skipped
 from rarefy.engine.selection import LeftOut, Selector, Target, check_fit, find_targets, list_weights
 from rarefy.engine.state import FORMAT, check_plain_parts, plain
 from rarefy.engine.summary import Row, Summary
@@ -107,7 +108,9 @@ class Sparsifier:
             self._check_state(state)
             self._take(state)
             self._attach()
-        self.calibration = None  # seen, and not ours to keep alive
+        if not method.keeps_calibration:
+            self.calibration = None  # seen, and not ours to keep alive
+        penalties.say_if_inexact(method, self._optimizers.all)
         held = self._optimizers.holders()
         if held and not any(id(layer.target.parameter) in held for layer in self.layers.values()):
             warnings.warn(
@@ -144,6 +147,10 @@ class Sparsifier:
     def magnitudes(self) -> dict[str, Tensor]:
         """Return |w| of every layer, weight-shaped."""
         return {name: layer.weight().abs() for name, layer in self.layers.items()}
+
+    def penalty(self) -> float:
+        """Return what the method adds to the loss now, to be reported beside it; 0 where it adds nothing."""
+        return penalties.value(self)
 
     def explored(self) -> float:
         """Return R_s, the share of weights that have been kept at any time so far (ITOP, arXiv 2102.02887)."""
@@ -188,6 +195,10 @@ class Sparsifier:
             raise OptionError(
                 "step() is for loops without a torch optimizer: this sparsifier follows its optimizer's steps."
             )
+        if penalties.has_penalty(self.method) or penalties.has_proximal(self.method):
+            raise OptionError(
+                f"{self.method.name} has a penalty, which joins the optimizer's steps: pass optimizer=..."
+            )
         for layer in self.layers.values():
             layer.after_step()
         self._advance()
@@ -205,11 +216,13 @@ class Sparsifier:
                 (o for o in reversed(self._optimizers.all) if any(o in held for held in holders.values())), None
             )
             is_clock = optimizer is last or any(optimizer in held and last in held for held in holders.values())
-        skipped = _was_skipped(optimizer)
+        skipped = was_skipped(optimizer)
         for layer in mine:
             layer.after_step()
             if skipped:
                 layer.watch_gradient(self._watching)
+            else:
+                penalties.proximal_step(self, layer)
         if is_clock and not skipped:
             self._advance()
 
@@ -248,6 +261,9 @@ class Sparsifier:
         for handle in self._following:
             handle.remove()
         self._following = [o.register_step_post_hook(self._after_optimizer_step) for o in self._optimizers.all]
+        if penalties.has_penalty(self.method):
+            hook = penalties.PenaltyHook(self)
+            self._following += [o.register_step_pre_hook(hook) for o in self._optimizers.all]
 
     def detach(self) -> None:
         """Stop managing the model and leave its weights as they are: from now on nothing keeps the zeros."""
@@ -376,9 +392,3 @@ def _check_free(targets: Sequence[Target]) -> None:
                     f"{target.name} {list(target.shape)} is sparse already: call finalize() or detach() of the sparsifier "
                     "that manages it first, or exclude it."
                 )
-
-
-def _was_skipped(optimizer: Optimizer) -> bool:
-    """Whether GradScaler let a fused optimizer run a step that its kernel skipped because of infinities."""
-    found = getattr(optimizer, "found_inf", None)
-    return isinstance(found, Tensor) and bool(found.item())

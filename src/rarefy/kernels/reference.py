@@ -41,8 +41,12 @@ def capped_simplex(a: Tensor, c: Tensor, k: Tensor) -> Tensor:
     """u = clip(mu a - c, 0, 1) with sum k (one per row): sort the breakpoints, search among them, solve the last segment."""
     a, c, wanted = a.double(), c.double(), k.double().reshape(-1, 1)
     live = a > 0
-    points = torch.cat([c / a, (1 + c) / a], dim=1).masked_fill(~torch.cat([live, live], dim=1), torch.inf).sort(1).values
-    low = torch.zeros(a.shape[0], 1, dtype=torch.int64, device=a.device)  # the last breakpoint where the sum is at most k
+    points = (
+        torch.cat([c / a, (1 + c) / a], dim=1).masked_fill(~torch.cat([live, live], dim=1), torch.inf).sort(1).values
+    )
+    low = torch.zeros(
+        a.shape[0], 1, dtype=torch.int64, device=a.device
+    )  # the last breakpoint where the sum is at most k
     high = torch.full_like(low, points.shape[1])
     while bool((high - low > 1).any()):
         middle = (low + high) // 2

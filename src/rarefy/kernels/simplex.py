@@ -44,5 +44,7 @@ def capped_simplex(a: Tensor, c: Tensor | float, k: int | Tensor) -> Tensor:
         bad = bool((~((rows >= 0) & rows.isfinite())).any() | (~((offset >= 0) & offset.isfinite())).any())
         u = rows if bad else reference.capped_simplex(rows, offset.expand_as(rows), counts.to(a.device))
     if bad:
-        raise OptionError("capped_simplex takes finite numbers, 0 or more: a norm has overflowed or training has diverged")
+        raise OptionError(
+            "capped_simplex takes finite numbers, 0 or more: a norm has overflowed or training has diverged"
+        )
     return u.view(a.shape).to(a.dtype)
