@@ -236,6 +236,24 @@ def test_training_settles_at_a_stationary_point_of_loss_plus_penalty(make: Any) 
     assert torch.equal(weight == 0, reference == 0) and (weight == 0).any()
 
 
+def test_a_bias_may_have_another_optimizer_than_its_weights() -> None:
+    model = nn.Sequential(nn.Linear(6, 4))
+    one = torch.optim.SGD([model[0].weight], lr=0.1)
+    two = torch.optim.Adam([model[0].bias], lr=0.01)
+    sparse = rarefy.sparsify(model, "wgsef", sparsity=0.5, strength=5.0, optimizer=[one, two])
+    layer = sparse.layers["0.weight"]
+    for step in range(3):
+        model(torch.randn(5, 6, generator=torch.Generator().manual_seed(step))).square().sum().backward()
+        two.step()
+        one.step()
+        size = layer.step_size()
+        assert isinstance(size, Tensor) and tuple(size.shape) == (4, 7)
+        torch.testing.assert_close(size[:, :6], torch.full((4, 6), 0.1))
+        torch.testing.assert_close(size[:, 6], step_size(two, two.param_groups[0], two.state[model[0].bias]))
+        one.zero_grad(), two.zero_grad()
+    assert ((layer.weight() != 0).any(1) == (model[0].bias != 0)).all()
+
+
 def test_compiled_models_and_no_warning() -> None:
     model = torch.compile(mlp(), backend="aot_eager", fullgraph=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)

@@ -52,6 +52,7 @@ def test_without_learning_low_weights_fade_geometrically(beta: float) -> None:
         for _ in range(7):
             expected = torch.where(low, beta * expected, expected)
         assert torch.equal(layer.weight(), expected)
+        assert layer.weight()[low].abs().max() <= layer.weight()[~low].abs().min()  # the order of the sets stays
         assert layer.nnz == layer.numel
         assert beta == 0 or torch.equal(layer.weight().sign(), before[name].sign())
 

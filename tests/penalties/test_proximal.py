@@ -69,6 +69,25 @@ def test_separable_problems_get_exactly_what_was_asked(count: int) -> None:
         separable_strength(basis.T @ y, 13)
 
 
+@pytest.mark.parametrize("strength", [0.02, 0.1, 0.3])
+def test_a_lasso_has_the_non_zeros_that_others_find(strength: float) -> None:
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    g = torch.Generator().manual_seed(5)
+    design = torch.randn(60, 20, generator=g, dtype=torch.float64)
+    y = design[:, :4].sum(1) + torch.randn(60, generator=g, dtype=torch.float64)
+    weight, step = torch.zeros(20, dtype=torch.float64), 60 / float(torch.linalg.matrix_norm(design, 2) ** 2)
+    for _ in range(3000):
+        weight = L1(strength).prox(weight - step * design.T @ (design @ weight - y) / 60, step)
+    gradient = design.T @ (design @ weight - y) / 60
+    assert L1(strength).residual(weight, gradient) < 1e-6
+    other = linear_model.Lasso(
+        alpha=strength, fit_intercept=False, tol=1e-12, max_iter=100_000
+    )  # its loss is the mean too
+    other.fit(design.numpy(), y.numpy())
+    torch.testing.assert_close(weight, torch.from_numpy(other.coef_), rtol=0, atol=1e-6)
+    assert int(weight.count_nonzero()) == int((abs(other.coef_) > 1e-12).sum()) < 20
+
+
 @pytest.mark.parametrize("targets", [1, 2, 5])
 def test_the_search_reaches_prescribed_counts_of_correlated_lassos(targets: int) -> None:
     g = torch.Generator().manual_seed(3)

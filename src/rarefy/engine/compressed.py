@@ -102,8 +102,8 @@ class CompressedLayer(Layer):
         flat = torch.zeros(self.numel, dtype=self._sparse.values.dtype, device=self._sparse.values.device)
         return flat.index_put((self._kept(),), self._sparse.values).view(self.shape)
 
-    def step_size(self) -> float | Tensor | None:
-        step = super().step_size()
+    def _weight_step(self) -> float | Tensor | None:
+        step = super()._weight_step()
         if not isinstance(step, Tensor) or step.dim() == 0:
             return step
         return step.new_ones(self.numel).index_put((self._kept(),), step).view(self.shape)
@@ -203,7 +203,8 @@ class CompressedLayer(Layer):
             move = self._sparse.rewire_(new)
             self._optimizers.follow(self._sparse.values, old.numel(), move.carry)
             self._ever = union(old if self._ever is None else self._ever.to(new.device), new)
-            self._known = new.numel()
+            self._known, self._dead = new.numel(), None
+            self._enforce_bias(afresh=True)
         elif self.nnz < self.numel:
             move = Move(self._kept(), new)
             self._chosen = new
@@ -261,6 +262,7 @@ class CompressedLayer(Layer):
 
     def enforce(self) -> None:
         if self._attached:  # nothing but what is kept exists
+            self._enforce_bias()
             self._hook_parameter()
 
     def after_step(self) -> None:
@@ -293,6 +295,7 @@ class CompressedLayer(Layer):
         self._hook_parameter()
 
     def _fit_optimizers(self) -> None:
+        self._dead = None
         new = self._sparse.nnz
         if new != self._known:
             self._optimizers.follow(self._sparse.values, self._known, lambda t, fresh: t.new_full((new,), fresh))

@@ -150,6 +150,7 @@ class MaskedLayer(Layer):
             if self.parameter.grad is not None:
                 self.parameter.grad.masked_fill_(changed, 0)
             self._optimizers.refresh(self.parameter, changed)
+            self._enforce_bias(afresh=True)
         else:
             self._set(mask, kept)
         self._on_change(self, change)
@@ -161,7 +162,7 @@ class MaskedLayer(Layer):
             self._ever = self._mask.clone()
         if self._ever is not None:
             self._ever = self._ever.to(mask.device) | mask
-        self._mask, self._nnz = mask.contiguous(), kept
+        self._mask, self._nnz, self._dead = mask.contiguous(), kept, None
 
     @torch.no_grad()
     def set_weight(self, weight: Tensor) -> None:
@@ -199,6 +200,7 @@ class MaskedLayer(Layer):
         if self._nnz < self.numel:
             kernels.apply_mask_(self.parameter, self._here())
         if self._attached:
+            self._enforce_bias()
             self._hook_parameter()
 
     def after_step(self) -> None:
@@ -289,7 +291,7 @@ class MaskedLayer(Layer):
             self.parameter.copy_(
                 self._loaded[0]
             )  # the weights came first, and were zeroed by a mask that was not theirs
-        self._mask, self._nnz = mask, int(mask.sum())
+        self._mask, self._nnz, self._dead = mask, int(mask.sum()), None
         ever = state["explored"]
         self._ever = None if ever is None else kernels.unpack_mask(ever, self.shape).to(device)
         if self._attached:

@@ -55,6 +55,10 @@ class Method:
     def initialise(self, sparse: Sparsifier) -> None:
         """Adjust the weights once the first masks are applied."""
 
+    def owns_bias(self) -> bool:
+        """Whether an output unit's bias lives and dies with its weights; for patterns of whole rows."""
+        return False
+
     def penalty(self, sparse: Sparsifier) -> Tensor | None:
         """Return what is added to the loss, a scalar differentiable in what is trained (`layer.live_weight()`), or None.
 

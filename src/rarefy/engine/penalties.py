@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.optim import Optimizer
 from rarefy.engine import step_size
 from rarefy.engine.layer import Layer
 from rarefy.engine.method import Method
-from rarefy.engine.optimizer_state import inside_another_step
+from rarefy.engine.optimizer_state import Optimizers, inside_another_step
 
 if TYPE_CHECKING:
     from rarefy.engine.sparsifier import Sparsifier
@@ -35,7 +36,7 @@ def value(sparse: Sparsifier) -> float:
     if has_proximal(sparse.method):
         for layer in sparse.layers.values():
             penalty = sparse.method.proximal(sparse, layer)
-            total += 0.0 if penalty is None else penalty.value(layer.weight())
+            total += 0.0 if penalty is None else penalty.value(layer.grouped())
     return total
 
 
@@ -90,16 +91,18 @@ def proximal_step(sparse: Sparsifier, layer: Layer) -> None:
     penalty = sparse.method.proximal(sparse, layer)
     step = None if penalty is None else layer.step_size()
     if penalty is not None and step is not None:
-        layer.set_weight(penalty.prox(layer.weight(), step))
+        layer.set_grouped(penalty.prox(layer.grouped(), step))
 
 
-def say_if_inexact(method: Method, optimizers: list[Optimizer]) -> None:
-    """Warn where proximal steps will take an optimizer's learning rate for its step size."""
-    unknown = {type(o).__name__ for o in optimizers if not step_size.is_known(o)} if has_proximal(method) else set()
+def prepare(method: Method, layers: Mapping[str, Layer], optimizers: Optimizers) -> None:
+    """Tell the layers whether they own their biases, and warn where a learning rate will stand in for a step size."""
+    for layer in layers.values():
+        layer.owns_bias = method.owns_bias()
+    unknown = {type(o).__name__ for o in optimizers.all if has_proximal(method) and not step_size.is_known(o)}
     if unknown:
         warnings.warn(
             f"The step size of {', '.join(sorted(unknown))} is not known: {method.name} takes its learning rate for it, so "
             "training settles where loss and penalty balance in another proportion than the options say. Exact: "
             f"{', '.join(kind.__name__ for kind, _ in step_size.RULES)}.",
-            stacklevel=6,
+            stacklevel=4,
         )

@@ -94,6 +94,7 @@ class Sparsifier:
         self.layers: dict[str, Layer] = {
             t.name: make(t, pattern, self._optimizers, on_change=self._changed, on_load=self._loaded) for t in targets
         }
+        penalties.prepare(method, self.layers, self._optimizers)
         self._kept_steps = dict.fromkeys(self.layers, 0)
         method.check(self)
         if state is None:
@@ -110,7 +111,6 @@ class Sparsifier:
             self._attach()
         if not method.keeps_calibration:
             self.calibration = None  # seen, and not ours to keep alive
-        penalties.say_if_inexact(method, self._optimizers.all)
         held = self._optimizers.holders()
         if held and not any(id(layer.target.parameter) in held for layer in self.layers.values()):
             warnings.warn(
@@ -147,6 +147,11 @@ class Sparsifier:
     def magnitudes(self) -> dict[str, Tensor]:
         """Return |w| of every layer, weight-shaped."""
         return {name: layer.weight().abs() for name, layer in self.layers.items()}
+
+    @property
+    def has_penalty(self) -> bool:
+        """Whether the method adds anything to the loss, at some time of its run."""
+        return penalties.has_penalty(self.method) or penalties.has_proximal(self.method)
 
     def penalty(self) -> float:
         """Return what the method adds to the loss now, to be reported beside it; 0 where it adds nothing."""
@@ -195,7 +200,7 @@ class Sparsifier:
             raise OptionError(
                 "step() is for loops without a torch optimizer: this sparsifier follows its optimizer's steps."
             )
-        if penalties.has_penalty(self.method) or penalties.has_proximal(self.method):
+        if self.has_penalty:
             raise OptionError(
                 f"{self.method.name} has a penalty, which joins the optimizer's steps: pass optimizer=..."
             )

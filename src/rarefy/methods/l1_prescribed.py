@@ -46,10 +46,11 @@ class L1Prescribed(Method):
     those that are not zero the largest, and if there are too few, the zeros of largest |g|, which a smaller lambda_j would
     let in first. The penalty ends, and the rest of the run trains what is kept.
 
-    The convergence of a solve is the user's: constant or falling learning rates over each `every` steps, no weight decay
-    (it would change the condition). The guard of the search is this library's: the published rule alone, made for convex
-    problems, cycles for ever in deep networks. Step sizes: of SGD lr / (1 - momentum), of Adam and its kin one for every
-    weight; either way the condition above holds where training settles.
+    The convergence of a solve is the user's: constant learning rates, or a schedule that begins again with each solve
+    (`lr_step` says where it is; `rarefy train` asks), and no weight decay, which would change the condition. The guard of
+    the search is this library's: the published rule alone, made for convex problems, cycles for ever in deep networks. Step
+    sizes: of SGD lr / (1 - momentum), of Adam and its kin one for every weight; either way the condition above holds where
+    training settles.
 
     `sparse.memory["solves"]` lists the non-zeros after each solve, `sparse.memory["strength"]` the lambdas in use, and
     `sparse.memory["residual"]` how far each layer is from the condition, in units of lambda.
@@ -102,6 +103,10 @@ class L1Prescribed(Method):
         if solves == 0:
             raise OptionError(f"total_steps={total_steps} is less than one solve of {self.every} steps: lower `every`.")
         return Clock(every=self.every, stop=solves * self.every, total=total_steps)
+
+    def lr_step(self, step: int, total_steps: int) -> tuple[int, int]:
+        last = self.clock(total_steps).last or 0
+        return (step % self.every, self.every) if step < last else (step - last, total_steps - last)
 
     def check(self, sparse: Sparsifier) -> None:
         if sparse.calibration is not None and not isinstance(sparse.calibration, Sized):

@@ -12,7 +12,7 @@ from rarefy.engine import Layer, Method, Sparsifier
 from rarefy.engine.options import check_allocation, check_clock, check_pattern, check_sparsity
 from rarefy.engine.sharing import Rule, share
 from rarefy.errors import OptionError
-from rarefy.patterns import Pattern
+from rarefy.patterns import Pattern, Slice, parse_pattern
 from rarefy.penalties import GroupEnvelope
 from rarefy.schedules import Clock
 
@@ -45,8 +45,10 @@ class WGSEF(Method):
     mean preconditioner. The projection and the growth of lambda are not the paper's, which gives neither a schedule nor
     values of lambda; they make sure of k. Its half-space step is left out.
 
-    The bias of a filter is not in its group. With the norms of batch normalisation behind it, ||w_j|| is not what a filter
-    counts for. Exclude the last layer when the pattern is "row": its rows are the classes.
+    With pattern "row" the bias of a filter or unit is in its group, and zero with it: otherwise a unit whose weights are
+    gone would go on as a constant, and the gradient through it would bring them back at every step. The scale and shift of
+    a batch normalisation behind it are not (where there is one, ||w_j|| is not what a filter counts for). Exclude the last
+    layer when the pattern is "row": its rows are the classes.
 
     Options:
         sparsity: fraction of groups that are to be zero, in [0, 1). Default 0.9.
@@ -89,6 +91,9 @@ class WGSEF(Method):
         stop = self.stop if self.stop is not None or total_steps is None else 0.75
         return Clock(every=self.every, stop=stop, total=total_steps)
 
+    def owns_bias(self) -> bool:
+        return parse_pattern(self.pattern) == Slice(0)
+
     def choose(self, sparse: Sparsifier) -> None:
         sparse.memory["keep"] = share(sparse.layers, self.sparsity, self.allocation, sparse.magnitudes)
         sparse.memory["strength"] = dict.fromkeys(sparse.layers, self.strength)
@@ -108,7 +113,7 @@ class WGSEF(Method):
         if step == sparse.clock.last:
             sparse.memory["groups"] = {name: int(count.sum()) for name, count in groups.items()}
             for name, layer in sparse.layers.items():
-                layer.rewire(layer.best(layer.weight().square(), keep[name]))
+                layer.rewire(layer.best(group_squares(layer), keep[name]))
             return
         sparse.memory["strength"] = {
             name: strength * (self.growth if bool((groups[name].cpu() > keep[name]).any()) else 1)
@@ -118,4 +123,9 @@ class WGSEF(Method):
 
 def groups_left(layer: Layer) -> Tensor:
     """Return how many units are not zero in each group of the pattern; int64 [groups]."""
-    return (layer.pattern.pool(layer.weight() != 0) > 0).sum(dim=1)
+    return (layer.pattern.pool(layer.grouped() != 0) > 0).sum(dim=1)
+
+
+def group_squares(layer: Layer) -> Tensor:
+    """Return every group's squared norm at each of its weights; weight-shaped."""
+    return layer.pattern.expand(layer.pattern.pool(layer.grouped().square()), layer.shape)

@@ -31,8 +31,8 @@ class GroupEnvelope(Proximal):
     exactly zero where u_j = 0: the minimum over v for given u is this v, and what remains is minimal in u at this u. Value
     and prox take time linear in the number of weights (`rarefy.kernels.capped_simplex`).
 
-    A small strength leaves far more than k units, with u_j < 1; as it grows, the units left are the k of largest
-    d_j ||w_j||^2.. but all shrink by 1/(1 + c_j): the strength, not k alone, decides how many remain.
+    A small strength leaves far more than k units, with u_j < 1. As it grows only the k of largest ||w_j|| are left, and these
+    shrink by 1 / (1 + c_j): the strength, not k alone, decides how many remain.
 
     Attributes:
         pattern: which weights make a unit.

@@ -235,6 +235,8 @@ class Watch(pl.Callback):
         lr = self.config.optimizer.lr * module.lr_factor(self._step - 1)
         epoch = trainer.current_epoch + 1
         line = {"kind": "train", "step": self._step, "epoch": epoch, "loss": loss, "lr": lr, "seconds": self.seconds()}
+        if (sparse := self.sparsity.sparse) is not None and sparse.has_penalty:
+            line["penalty"] = sparse.penalty()
         self.metrics.write(line)
         if not math.isfinite(loss):
             raise TrainingFailed(
