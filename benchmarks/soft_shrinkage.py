@@ -1,9 +1,9 @@
 """Soft shrinkage against its rivals: x2 super-resolution of 8x8 digits with a small EDSR at 95 % sparsity.
 
-    python benchmarks/soft_shrinkage.py [--seeds 0 1] [--stage1 1500] [--stage2 700]
+    python benchmarks/soft_shrinkage.py [--seeds 0 1] [--stage1 1500] [--stage2 700] [--batch 16]
 
 Digits of 8x8 pixels from their 4x4 averages; 3 residual blocks of 32 channels, no batch normalisation, the 7 layers of the
-body sparse, L1 loss, Adam 2e-3, batches of 32. All methods train for both stages together. The flips are weights that enter
+body sparse, L1 loss, Adam 2e-3. All methods train for both stages together. The flips are weights that enter
 or leave a layer's low set in one step, as a share, over the first and the last 100 steps of stage 1. PSNR on 500 test digits.
 """
 
@@ -63,7 +63,9 @@ def low_sets(model: SmallEDSR, sparsity: float) -> list[Tensor]:
     return [~rarefy.kernels.select_k(w, int((1 - sparsity) * w.numel())) for w in weights]
 
 
-def run(train: Tensor, method: str, options: dict[str, Any], seed: int, stages: tuple[int, int]) -> tuple[Any, ...]:
+def run(
+    train: Tensor, method: str, options: dict[str, Any], seed: int, stages: tuple[int, int], batch: int
+) -> tuple[Any, ...]:
     """Train; return the model and the flip rates of the first and the last 100 steps of stage 1."""
     torch.manual_seed(seed)
     model = SmallEDSR()
@@ -75,7 +77,7 @@ def run(train: Tensor, method: str, options: dict[str, Any], seed: int, stages: 
     flips: dict[str, list[float]] = {"first": [], "last": []}
     before: list[Tensor] = []
     for step in range(sum(stages)):
-        target = train[torch.randint(len(train), (32,), generator=generator)]
+        target = train[torch.randint(len(train), (batch,), generator=generator)]
         optimizer.zero_grad()
         F.l1_loss(model(F.avg_pool2d(target, 2)), target).backward()
         optimizer.step()
@@ -98,6 +100,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--stage1", type=int, default=1500)
     parser.add_argument("--stage2", type=int, default=700)
+    parser.add_argument("--batch", type=int, default=16)
     args = parser.parse_args()
     train, test = digits()
     small, first = F.avg_pool2d(test, 2), args.stage1
@@ -116,7 +119,7 @@ def main() -> None:
     for label, method, options in plans:
         start, found = time.perf_counter(), []
         for seed in args.seeds:
-            model, early, late = run(train, method, options, seed, (args.stage1, args.stage2))
+            model, early, late = run(train, method, options, seed, (args.stage1, args.stage2), args.batch)
             with torch.no_grad():
                 weights = [p for n, p in model.named_parameters() if n.startswith("body") and p.ndim == 4]
                 zeros = sum(int((p == 0).sum()) for p in weights) / sum(p.numel() for p in weights)
