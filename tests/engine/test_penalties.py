@@ -137,6 +137,23 @@ def test_a_gradient_scaler_does_not_scale_the_penalty(make: str, unscale: bool) 
     assert_same(model, twin)
 
 
+@pytest.mark.parametrize("make", ["sgd", "fused"])
+def test_a_step_that_was_skipped_takes_no_proximal_step(make: str) -> None:
+    model = nn.Linear(4, 3)
+    optimizer = MAKES[make](model.parameters())
+    sparse = rarefy.sparsify(model, Lasso(strength=1e4), optimizer=optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    before = model.weight.detach().clone()
+    scaler.scale(model(torch.full((2, 4), float("inf"))).sum()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(model.weight, before) and sparse.step_count == 0
+    optimizer.zero_grad()
+    scaler.scale(model(torch.ones(2, 4)).sum()).backward()
+    scaler.step(optimizer)
+    assert not model.weight.any() and sparse.step_count == 1
+
+
 def test_compressed_storage_gives_the_same_runs() -> None:
     for method in (Quartic(sparsity=0.5, weight=0.05), SparseLasso(sparsity=0.5)):
         for make in ("sgd", "adam"):

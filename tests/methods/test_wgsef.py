@@ -165,6 +165,13 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped() -> None:
         assert whole.memory["groups"] == resumed.memory["groups"]
 
 
+def test_two_runs_of_one_seed_are_the_same_bit_for_bit() -> None:
+    for make in MAKES:
+        first, second = run(make, strength=0.3)[0], run(make, strength=0.3)[0]
+        for a, b in ((first.model.state_dict(), second.model.state_dict()), (first.masks(), second.masks())):
+            assert all(torch.equal(a[name], tensor) for name, tensor in b.items())
+
+
 def test_bad_options_leave_the_model_alone() -> None:
     for options in ({"strength": 0}, {"growth": 0.5}, {"sparsity": 1.0}, {"every": 0}, {"pattern": "rows"}):
         with pytest.raises(ValueError):
