@@ -39,3 +39,4 @@ void bind_grad(nb::module_& m);
 void bind_block(nb::module_& m);
 void bind_lowp(nb::module_& m);
 void bind_probe(nb::module_& m);
+void bind_simplex(nb::module_& m);

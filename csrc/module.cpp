@@ -85,4 +85,5 @@ NB_MODULE(_native, m) {
     bind_block(m);
     bind_lowp(m);
     bind_probe(m);
+    bind_simplex(m);
 }

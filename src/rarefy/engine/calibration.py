@@ -69,6 +69,22 @@ def gradients(sparse: Sparsifier) -> dict[str, Tensor]:
     return {name: average(gradient) for name, gradient in total.items()}
 
 
+def mean_gradients(sparse: Sparsifier) -> dict[str, Tensor]:
+    """Return the gradient of the mean loss over all calibration batches, the model in evaluation mode; as `gradients`.
+
+    The calibration batches must have a length (a list, a DataLoader): each counts alike.
+    """
+    modes = {module: module.training for module in sparse.model.modules()}
+    sparse.model.eval()
+    try:
+        summed = gradients(sparse)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    batches = len(sparse.calibration)  # type: ignore[arg-type]
+    return {name: gradient / batches for name, gradient in summed.items()}
+
+
 class _Objective(nn.Module):
     """The loss as a module around the model, so that its buffers can be swapped for copies."""
 

@@ -98,6 +98,16 @@ class CompressedLayer(Layer):
         flat[self._kept()] = self._values()
         return flat.view(self.shape)
 
+    def live_weight(self) -> Tensor:
+        flat = torch.zeros(self.numel, dtype=self._sparse.values.dtype, device=self._sparse.values.device)
+        return flat.index_put((self._kept(),), self._sparse.values).view(self.shape)
+
+    def _weight_step(self) -> float | Tensor | None:
+        step = super()._weight_step()
+        if not isinstance(step, Tensor) or step.dim() == 0:
+            return step
+        return step.new_ones(self.numel).index_put((self._kept(),), step).view(self.shape)
+
     def counts(self, chosen: Tensor | None = None) -> Tensor:
         if self.groups == 1:
             return torch.tensor([self.nnz if chosen is None else chosen.numel()])
@@ -161,6 +171,10 @@ class CompressedLayer(Layer):
             found.append(chosen.reshape(-1).nonzero().squeeze(1) + first * size)
         return torch.cat(found)
 
+    def spread(self, chosen: Tensor) -> Tensor:
+        flat = torch.zeros(self.numel, dtype=torch.bool, device=chosen.device)
+        return flat.index_fill_(0, chosen, True).view(self.shape)
+
     def _select(self, scores: Tensor, counts: Tensor | int) -> Tensor:
         try:
             return kernels.select_k(scores, counts)
@@ -189,7 +203,8 @@ class CompressedLayer(Layer):
             move = self._sparse.rewire_(new)
             self._optimizers.follow(self._sparse.values, old.numel(), move.carry)
             self._ever = union(old if self._ever is None else self._ever.to(new.device), new)
-            self._known = new.numel()
+            self._known, self._dead = new.numel(), None
+            self._enforce_bias(afresh=True)
         elif self.nnz < self.numel:
             move = Move(self._kept(), new)
             self._chosen = new
@@ -201,6 +216,11 @@ class CompressedLayer(Layer):
         change = Change(move.dropped, move.grown)
         self._on_change(self, change)
         return change
+
+    @torch.no_grad()
+    def set_weight(self, weight: Tensor) -> None:
+        kept = self._kept()
+        self._sparse.values.copy_(weight.reshape(-1).to(kept.device)[kept])
 
     @torch.no_grad()
     def scale_outputs(self, factors: Tensor) -> None:
@@ -242,6 +262,7 @@ class CompressedLayer(Layer):
 
     def enforce(self) -> None:
         if self._attached:  # nothing but what is kept exists
+            self._enforce_bias()
             self._hook_parameter()
 
     def after_step(self) -> None:
@@ -274,6 +295,7 @@ class CompressedLayer(Layer):
         self._hook_parameter()
 
     def _fit_optimizers(self) -> None:
+        self._dead = None
         new = self._sparse.nnz
         if new != self._known:
             self._optimizers.follow(self._sparse.values, self._known, lambda t, fresh: t.new_full((new,), fresh))

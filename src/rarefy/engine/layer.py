@@ -41,6 +41,8 @@ class Layer(ABC):
         self.shape = target.shape
         self.numel = math.prod(self.shape)
         self.groups, self.units_per_group = pattern.units(self.shape)
+        self.owns_bias = False  # set by the engine: an output unit's bias lives and dies with its weights
+        self._dead: Tensor | None = None  # output units that keep nothing, where that is known
 
     @classmethod
     @abstractmethod
@@ -78,6 +80,44 @@ class Layer(ABC):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}, {list(self.shape)}, {self.pattern}, sparsity={self.sparsity:.4f})"
 
+    # --- the bias of a unit -----------------------------------------------------------------------------------------
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The module's bias, one for each output unit, where the layer owns it."""
+        bias = getattr(self.module, "bias", None) if self.owns_bias and self.target.attribute == "weight" else None
+        return bias if isinstance(bias, nn.Parameter) and tuple(bias.shape) == self.shape[:1] else None
+
+    def grouped(self) -> Tensor:
+        """Return the weight, or where the layer owns its bias [outputs, weights + 1]: each row with its bias at the end.
+
+        The pattern's units are those of the weight either way. Detached; not for writing.
+        """
+        bias = self.bias
+        return self.weight() if bias is None else torch.cat([self.weight().flatten(1), bias.detach()[:, None]], dim=1)
+
+    def set_grouped(self, grouped: Tensor) -> None:
+        """Give weight and bias the values of what `grouped` returned; what is not kept stays zero."""
+        bias = self.bias
+        if bias is None:
+            return self.set_weight(grouped)
+        with torch.no_grad():
+            bias.copy_(grouped[:, -1])
+        return self.set_weight(grouped[:, :-1].reshape(self.shape))
+
+    @torch.no_grad()
+    def _enforce_bias(self, *, afresh: bool = False) -> None:
+        """Zero the biases of output units that keep nothing; `afresh`, when the mask has changed, their optimizer state too."""
+        bias = self.bias
+        if bias is None or self.nnz == self.numel:
+            return
+        if self._dead is None:
+            self._dead = self.kept_per_output() == 0
+        dead = self._dead.to(bias.device)
+        bias.masked_fill_(dead, 0)
+        if afresh:
+            self._optimizers.refresh(bias, dead)
+
     # --- what it holds ----------------------------------------------------------------------------------------------
 
     @abstractmethod
@@ -100,6 +140,28 @@ class Layer(ABC):
     def explored(self) -> int:
         """Return how many weights have been kept at any time so far."""
 
+    @abstractmethod
+    def live_weight(self) -> Tensor:
+        """Return the weight as a dense tensor that gradients flow through to what is trained."""
+
+    def step_size(self) -> float | Tensor | None:
+        """Return how far the optimizer goes along a constant gradient in a step: a number, or in the shape of `grouped`.
+
+        None where no optimizer holds the weight. See `rarefy.engine.step_size`.
+        """
+        step, bias = self._weight_step(), self.bias
+        other = None if bias is None or bias.grad is None else self._optimizers.step_size(bias)
+        if step is None or bias is None:
+            return step
+        if isinstance(step, float) and (other is None or (isinstance(other, float) and other == step)):
+            return step
+        rows = torch.as_tensor(step, device=bias.device).expand(self.shape).flatten(1)
+        column = rows.mean(1) if other is None else torch.as_tensor(other, device=bias.device).expand(bias.shape)
+        return torch.cat([rows, column[:, None].to(rows.dtype)], dim=1)
+
+    def _weight_step(self) -> float | Tensor | None:
+        return self._optimizers.step_size(self.target.parameter)
+
     # --- choosing units (opaque results) ----------------------------------------------------------------------------
 
     @abstractmethod
@@ -121,6 +183,10 @@ class Layer(ABC):
         The method must have asked for this step's dense gradient (`Method.wants_gradient`).
         """
 
+    @abstractmethod
+    def spread(self, chosen: Tensor) -> Tensor:
+        """Return where the chosen units' weights are: bool, weight-shaped."""
+
     # --- changing ---------------------------------------------------------------------------------------------------
 
     @abstractmethod
@@ -138,6 +204,10 @@ class Layer(ABC):
     def reorder(self, move: Callable[[Tensor], None]) -> None:
         """Follow channels that changed places in the weight: `move` does the same, in place, to a tensor of its shape."""
         raise OptionError(f"{self.name} {list(self.shape)}: this storage cannot follow channels that change places.")
+
+    @abstractmethod
+    def set_weight(self, weight: Tensor) -> None:
+        """Give the kept weights the values of a dense weight (weight-shaped); the others stay zero."""
 
     @abstractmethod
     def scale_outputs(self, factors: Tensor) -> None:
@@ -159,6 +229,10 @@ class Layer(ABC):
 
     def restore(self) -> None:
         """Give the module its dense weight back, where this storage had taken it; called once detached."""
+        return
+
+    def mask_gradient(self) -> None:
+        """Drop what was added to `.grad` outside the mask."""
         return
 
     @abstractmethod

@@ -75,6 +75,9 @@ class MaskedLayer(Layer):
         weight = self.parameter.detach()
         return weight if self._attached or self._nnz == self.numel else weight.masked_fill(~self._here(), 0)
 
+    def live_weight(self) -> Tensor:
+        return self.parameter
+
     def counts(self, chosen: Tensor | None = None) -> Tensor:
         return (self._kept_units() if chosen is None else chosen).sum(dim=1)
 
@@ -118,6 +121,9 @@ class MaskedLayer(Layer):
             chosen[0, absent[sample(absent.numel(), int(counts), generator).to(device)]] = True
         return chosen
 
+    def spread(self, chosen: Tensor) -> Tensor:
+        return self.pattern.expand(chosen, self.shape)
+
     # --- changing ---------------------------------------------------------------------------------------------------
 
     def rewire(self, *chosen: Tensor) -> Change:
@@ -144,6 +150,7 @@ class MaskedLayer(Layer):
             if self.parameter.grad is not None:
                 self.parameter.grad.masked_fill_(changed, 0)
             self._optimizers.refresh(self.parameter, changed)
+            self._enforce_bias(afresh=True)
         else:
             self._set(mask, kept)
         self._on_change(self, change)
@@ -155,7 +162,12 @@ class MaskedLayer(Layer):
             self._ever = self._mask.clone()
         if self._ever is not None:
             self._ever = self._ever.to(mask.device) | mask
-        self._mask, self._nnz = mask.contiguous(), kept
+        self._mask, self._nnz, self._dead = mask.contiguous(), kept, None
+
+    @torch.no_grad()
+    def set_weight(self, weight: Tensor) -> None:
+        self.parameter.copy_(weight)
+        self.enforce()
 
     def reorder(self, move: Callable[[Tensor], None]) -> None:
         mask, ever = self._mask.clone(), None if self._ever is None else self._ever.clone()
@@ -195,6 +207,7 @@ class MaskedLayer(Layer):
         if self._nnz < self.numel:
             kernels.apply_mask_(self.parameter, self._here())
         if self._attached:
+            self._enforce_bias()
             self._hook_parameter()
 
     def after_step(self) -> None:
@@ -209,8 +222,7 @@ class MaskedLayer(Layer):
             return
         self._handles.append(parameter.register_post_accumulate_grad_hook(self._after_backward))
         if self._nnz < self.numel:  # what came before the hook was not masked
-            if parameter.grad is not None:
-                kernels.apply_mask_(parameter.grad, self._here())
+            self.mask_gradient()
             self._optimizers.refresh(parameter, ~self._here())
 
     @torch.no_grad()
@@ -219,9 +231,12 @@ class MaskedLayer(Layer):
         if parameter.grad is None or parameter is not self.parameter:
             return
         self._gradient.commit()
-        if self._nnz < self.numel:
-            kernels.apply_mask_(parameter.grad, self._here())
+        self.mask_gradient()
         self._gradient.leave(parameter.grad)
+
+    def mask_gradient(self) -> None:
+        if self._nnz < self.numel and self.parameter.grad is not None:
+            kernels.apply_mask_(self.parameter.grad, self._here())
 
     def watch_gradient(self, wanted: bool) -> None:
         self._gradient.watch(self.parameter if wanted else None)
@@ -283,7 +298,7 @@ class MaskedLayer(Layer):
             self.parameter.copy_(
                 self._loaded[0]
             )  # the weights came first, and were zeroed by a mask that was not theirs
-        self._mask, self._nnz = mask, int(mask.sum())
+        self._mask, self._nnz, self._dead = mask, int(mask.sum()), None
         ever = state["explored"]
         self._ever = None if ever is None else kernels.unpack_mask(ever, self.shape).to(device)
         if self._attached:

@@ -7,12 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from rarefy.errors import OptionError, nearest
+from rarefy.penalties import Proximal
 from rarefy.schedules import Clock
 
 if TYPE_CHECKING:
+    from rarefy.engine.layer import Layer
     from rarefy.engine.sparsifier import Sparsifier
 
 
@@ -27,6 +29,7 @@ class Method:
 
     name: ClassVar[str]
     needs_calibration: ClassVar[bool] = False  # looks at data before training
+    keeps_calibration: ClassVar[bool] = False  # and again while it trains
 
     def model(self, build: Callable[[float], nn.Module]) -> nn.Module:
         """Build the network that this method trains; `build(width)` makes it with its hidden widths multiplied."""
@@ -36,6 +39,13 @@ class Method:
         """Return the method's update times for a run of that many steps (None: not known)."""
         return Clock(total=total_steps)
 
+    def lr_step(self, step: int, total_steps: int) -> tuple[int, int]:
+        """Return which step of how many the learning-rate schedule is at for the run's 0-based optimizer step.
+
+        A method that trains several times in one run begins again; a training loop asks with every step.
+        """
+        return step, total_steps
+
     def check(self, sparse: Sparsifier) -> None:
         """Raise OptionError when the method cannot do this model; changes nothing."""
 
@@ -44,6 +54,22 @@ class Method:
 
     def initialise(self, sparse: Sparsifier) -> None:
         """Adjust the weights once the first masks are applied."""
+
+    def owns_bias(self) -> bool:
+        """Whether an output unit's bias lives and dies with its weights; for patterns of whole rows."""
+        return False
+
+    def penalty(self, sparse: Sparsifier) -> Tensor | None:
+        """Return what is added to the loss, a scalar differentiable in what is trained (`layer.live_weight()`), or None.
+
+        The loss itself stays as it is: the penalty's gradient joins that of the loss, whole, when an optimizer steps: not
+        scaled by GradScaler or by accumulation, and not clipped.
+        """
+        return None
+
+    def proximal(self, sparse: Sparsifier, layer: Layer) -> Proximal | None:
+        """Return the penalty on this layer whose proximal operator follows each of its optimizer's steps, or None."""
+        return None
 
     def wants_gradient(self, sparse: Sparsifier, step: int) -> bool:
         """Whether the dense gradient of this step (1-based) is needed."""

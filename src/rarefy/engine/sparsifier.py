@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from rarefy.engine import penalties
 from rarefy.engine.compressed import CompressedLayer
 from rarefy.engine.events import Cost, Event
 from rarefy.engine.layer import Change, Layer
 from rarefy.engine.loading import AfterLoad
 from rarefy.engine.masked import MaskedLayer
 from rarefy.engine.method import Method
-from rarefy.engine.optimizer_state import Optimizers, inside_another_step
+from rarefy.engine.optimizer_state import Optimizers, check_optimizers, inside_another_step, was_skipped
 from rarefy.engine.selection import LeftOut, Selector, Target, check_fit, find_targets, list_weights
 from rarefy.engine.state import FORMAT, check_plain_parts, plain
 from rarefy.engine.summary import Row, Summary
@@ -76,11 +77,12 @@ class Sparsifier:
         self.events: list[Event] = []
         self.memory: dict[str, Any] = {}
         self.generator = torch.Generator().manual_seed(seed)
-        self._optimizers = Optimizers(_check_optimizers(optimizer))
+        self._optimizers = Optimizers(check_optimizers(optimizer))
         self._dense_gradient_steps = 0
         self._watching = False
         self._reloaded: dict[str, int] = {}
         self._handles: list[RemovableHandle] = []
+        self._following: list[RemovableHandle] = []
         self._attached = False
 
         targets, self.left_out = find_targets(model, include, exclude)
@@ -92,6 +94,7 @@ class Sparsifier:
         self.layers: dict[str, Layer] = {
             t.name: make(t, pattern, self._optimizers, on_change=self._changed, on_load=self._loaded) for t in targets
         }
+        penalties.prepare(method, self.layers, self._optimizers)
         self._kept_steps = dict.fromkeys(self.layers, 0)
         method.check(self)
         if state is None:
@@ -106,7 +109,8 @@ class Sparsifier:
             self._check_state(state)
             self._take(state)
             self._attach()
-        self.calibration = None  # seen, and not ours to keep alive
+        if not method.keeps_calibration:
+            self.calibration = None  # seen, and not ours to keep alive
         held = self._optimizers.holders()
         if held and not any(id(layer.target.parameter) in held for layer in self.layers.values()):
             warnings.warn(
@@ -143,6 +147,15 @@ class Sparsifier:
     def magnitudes(self) -> dict[str, Tensor]:
         """Return |w| of every layer, weight-shaped."""
         return {name: layer.weight().abs() for name, layer in self.layers.items()}
+
+    @property
+    def has_penalty(self) -> bool:
+        """Whether the method adds anything to the loss, at some time of its run."""
+        return penalties.has_penalty(self.method) or penalties.has_proximal(self.method)
+
+    def penalty(self) -> float:
+        """Return what the method adds to the loss now, to be reported beside it; 0 where it adds nothing."""
+        return penalties.value(self)
 
     def explored(self) -> float:
         """Return R_s, the share of weights that have been kept at any time so far (ITOP, arXiv 2102.02887)."""
@@ -187,6 +200,10 @@ class Sparsifier:
             raise OptionError(
                 "step() is for loops without a torch optimizer: this sparsifier follows its optimizer's steps."
             )
+        if self.has_penalty:
+            raise OptionError(
+                f"{self.method.name} has a penalty, which joins the optimizer's steps: pass optimizer=..."
+            )
         for layer in self.layers.values():
             layer.after_step()
         self._advance()
@@ -204,11 +221,13 @@ class Sparsifier:
                 (o for o in reversed(self._optimizers.all) if any(o in held for held in holders.values())), None
             )
             is_clock = optimizer is last or any(optimizer in held and last in held for held in holders.values())
-        skipped = _was_skipped(optimizer)
+        skipped = was_skipped(optimizer)
         for layer in mine:
             layer.after_step()
             if skipped:
                 layer.watch_gradient(self._watching)
+            else:
+                penalties.proximal_step(self, layer)
         if is_clock and not skipped:
             self._advance()
 
@@ -233,20 +252,32 @@ class Sparsifier:
     # --- attaching and leaving --------------------------------------------------------------------------------------
 
     def _attach(self) -> None:
-        for optimizer in self._optimizers.all:
-            self._handles.append(optimizer.register_step_post_hook(self._after_optimizer_step))
         for layer in self.layers.values():
             layer.attach()
         self._handles.append(self.model.register_load_state_dict_post_hook(AfterLoad(self)))
         self._attached = True
+        self.follow(self._optimizers.all)
+
+    def follow(self, optimizer: Optimizer | Sequence[Optimizer]) -> None:
+        """Follow these optimizers from now on and no others: made after `sparsify`, or anew for another training."""
+        if not self._attached:
+            raise OptionError("This sparsifier has left its model: there is nothing for an optimizer to keep sparse.")
+        self._optimizers.all = Optimizers(check_optimizers(optimizer)).all
+        for handle in self._following:
+            handle.remove()
+        self._following = [o.register_step_post_hook(self._after_optimizer_step) for o in self._optimizers.all]
+        if penalties.has_penalty(self.method):
+            hook = penalties.PenaltyHook(self)
+            self._following += [o.register_step_pre_hook(hook) for o in self._optimizers.all]
 
     def detach(self) -> None:
         """Stop managing the model and leave its weights as they are: from now on nothing keeps the zeros."""
         for layer in self.layers.values():
             layer.detach()
-        for handle in self._handles:
+        for handle in self._handles + self._following:
             handle.remove()
         self._handles.clear()
+        self._following.clear()
         self._attached = False
 
     def finalize(self, *, compressed: bool = False) -> nn.Module:
@@ -356,24 +387,6 @@ class Sparsifier:
             layer.check_state(layers[name])
 
 
-def _check_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
-    if optimizer is None:
-        return []
-    optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
-    for item in optimizers:
-        if not isinstance(item, Optimizer):
-            raise OptionError(
-                f"optimizer={type(item).__name__} is not a torch.optim.Optimizer. "
-                "Leave it out and call sparse.step() after each of its steps."
-            )
-        if not hasattr(item, "_optimizer_step_post_hooks"):
-            raise OptionError(
-                f"optimizer={type(item).__name__} has no step hooks: its class does not call Optimizer.__init__. Give the "
-                "optimizer that it wraps, or leave it out and call sparse.step() after each of its steps."
-            )
-    return optimizers
-
-
 def _check_free(targets: Sequence[Target]) -> None:
     """Refuse weights that another sparsifier still manages: the two would undo each other's work."""
     for target in targets:
@@ -384,9 +397,3 @@ def _check_free(targets: Sequence[Target]) -> None:
                     f"{target.name} {list(target.shape)} is sparse already: call finalize() or detach() of the sparsifier "
                     "that manages it first, or exclude it."
                 )
-
-
-def _was_skipped(optimizer: Optimizer) -> bool:
-    """Whether GradScaler let a fused optimizer run a step that its kernel skipped because of infinities."""
-    found = getattr(optimizer, "found_inf", None)
-    return isinstance(found, Tensor) and bool(found.item())

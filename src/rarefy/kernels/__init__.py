@@ -7,10 +7,12 @@ from rarefy.kernels.conv import spconv2d
 from rarefy.kernels.native import native_config, threads
 from rarefy.kernels.ops import sparse_conv2d, sparse_linear
 from rarefy.kernels.select import select_k
+from rarefy.kernels.simplex import capped_simplex
 from rarefy.kernels.zero import apply_mask_
 
 __all__ = [
     "apply_mask_",
+    "capped_simplex",
     "native_config",
     "pack_mask",
     "select_k",

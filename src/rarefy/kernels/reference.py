@@ -37,6 +37,30 @@ def apply_mask_(weight: Tensor, mask: Tensor) -> Tensor:
     return weight.masked_fill_(~mask, 0)
 
 
+def capped_simplex(a: Tensor, c: Tensor, k: Tensor) -> Tensor:
+    """u = clip(mu a - c, 0, 1) with sum k (one per row): sort the breakpoints, search among them, solve the last segment."""
+    a, c, wanted = a.double(), c.double(), k.double().reshape(-1, 1)
+    live = a > 0
+    points = (
+        torch.cat([c / a, (1 + c) / a], dim=1).masked_fill(~torch.cat([live, live], dim=1), torch.inf).sort(1).values
+    )
+    low = torch.zeros(
+        a.shape[0], 1, dtype=torch.int64, device=a.device
+    )  # the last breakpoint where the sum is at most k
+    high = torch.full_like(low, points.shape[1])
+    while bool((high - low > 1).any()):
+        middle = (low + high) // 2
+        p = points.gather(1, middle)
+        reached = torch.where(p.isinf(), torch.inf, (p.nan_to_num(posinf=0.0) * a - c).clamp(0, 1).sum(1, keepdim=True))
+        low, high = torch.where(reached <= wanted, middle, low), torch.where(reached <= wanted, high, middle)
+    at = points.gather(1, low).nan_to_num(posinf=0.0)
+    full, between = live & ((1 + c) / a <= at), live & (c / a <= at) & ((1 + c) / a > at)
+    slope, offset = torch.where(between, a, 0).sum(1, keepdim=True), torch.where(between, c, 0).sum(1, keepdim=True)
+    mu = torch.where(slope > 0, (wanted - full.sum(1, keepdim=True) + offset) / slope, at)
+    u = (mu * a - c).clamp(0, 1) if a.numel() else a
+    return torch.where(live.sum(1, keepdim=True) <= wanted, live.double(), u)
+
+
 # --- sparse weights as compressed rows: crow int64 [M + 1], col int32 [nnz] over the flattened weight [M, K] ---------------
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from rarefy.metrics.calibration import accuracy, ece, nll
 from rarefy.metrics.flops import FlopsReport, LayerFlops, NotCounted, flops
+from rarefy.metrics.image import luma, psnr
 from rarefy.metrics.memory import PeakMemory
 from rarefy.metrics.overlap import Explored, Overlap, OverlapReport, overlap, overlap_matrix
 from rarefy.metrics.size import ParameterCount, StorageBytes, csr_bytes, parameters, storage_bytes
@@ -46,12 +47,14 @@ __all__ = [
     "gradual_training_flops",
     "holm",
     "layer_sparsity",
+    "luma",
     "mean",
     "nll",
     "overlap",
     "overlap_matrix",
     "paired_t_test",
     "parameters",
+    "psnr",
     "rigl_training_flops",
     "sd",
     "snfs_training_flops",

@@ -66,13 +66,13 @@ class Inputs:
         given = {key: value for key, value in sizes.items() if key in known and value}
         return models.build(self.config.model, width, **{**given, **self.config.model_options})
 
-    def calibration(self) -> Iterable[tuple[Tensor, Tensor]]:
-        """Return one training batch, the first of epoch 0, for methods that look before they train."""
+    def calibration(self, whole: bool = False) -> Iterable[tuple[Tensor, Tensor]]:
+        """Return the first training batch of epoch 0, or the whole epoch, for methods that look at data by themselves."""
         loader = self.train
         position = loader.state_dict()
         try:
             loader.set_epoch(0)
-            return [next(iter(loader))]
+            return list(loader) if whole else [next(iter(loader))]
         finally:
             loader.load_state_dict(position)
 

@@ -149,7 +149,9 @@ class _Run:
             submodule="net",
             include=config.include,
             exclude=config.exclude,
-            calibration=self.inputs.calibration() if self.method.needs_calibration else None,
+            calibration=self.inputs.calibration(self.method.keeps_calibration)
+            if self.method.needs_calibration
+            else None,
             total_steps=self.steps,
             seed=derive(config.seed, "mask"),
         )
