@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
@@ -45,3 +46,28 @@ def replaceable(
         else:
             found[name] = module
     return found, why
+
+
+def swap(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put one module in another's place, wherever the model holds it."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is old:
+                parent._modules[name] = new
+
+
+@contextmanager
+def unchanged_on_failure(model: nn.Module) -> Iterator[None]:
+    """Give every module of the model its parameters, buffers, children and attributes back when the block fails."""
+    tables = ("_parameters", "_buffers", "_modules")
+    before = [
+        (module, {key: value.copy() if key in tables else value for key, value in vars(module).items()})
+        for module in model.modules()
+    ]
+    try:
+        yield
+    except BaseException:
+        for module, state in before:
+            vars(module).clear()
+            vars(module).update(state)
+        raise
