@@ -146,6 +146,30 @@ def test_without_the_scaler_it_does() -> None:
     assert not torch.allclose(small[5], large[5], rtol=0.1)
 
 
+def first_step(init_std: float, scaler: str, optimizer: type[torch.optim.Optimizer]) -> Tensor:
+    """Return how far one step moves the hidden layer's weight."""
+    model = net(torch.float64)
+    torch.manual_seed(1)
+    share_(model, 0.1, init_std=init_std, scaler=scaler)
+    before = model.hidden.weight_now().detach().clone()
+    x, y = tokens()
+    F.cross_entropy(model(x), y).backward()
+    optimizer(model.parameters(), lr=1e-3).step()
+    return model.hidden.weight_now().detach() - before
+
+
+def test_a_step_without_the_scaler_grows_with_the_inverse_square_of_the_arrays_scale() -> None:
+    small, large = (first_step(c, "none", torch.optim.SGD) for c in (0.01, 0.1))
+    torch.testing.assert_close(small, 100 * large, rtol=1e-9, atol=0)
+    small, large = (first_step(c, "v1", torch.optim.SGD) for c in (0.01, 0.1))
+    torch.testing.assert_close(small, large, rtol=1e-9, atol=0)
+
+
+def test_adam_scales_gradients_itself_and_is_not_invariant() -> None:
+    small, large = (first_step(c, "v1", torch.optim.Adam) for c in (0.01, 0.1))
+    assert float(small.abs().mean()) == pytest.approx(10 * float(large.abs().mean()), rel=0.05)
+
+
 def test_an_sgd_step_is_the_mean_of_the_sharers_gradients() -> None:
     """In a single layer all scales are equal: each weight moves by lr times its sharers' mean signed gradient."""
     torch.manual_seed(0)

@@ -65,8 +65,8 @@ def iso_flop_(
     A batch norm that alone reads the layer's output moves into the branches of "parallel", one each; "factorized" gets one
     of the same kind between its two. Only a fresh network should be rewritten: new weights are drawn so that outputs
     have the variance that they had, given that sparse weights are scaled up by sqrt(fan-in / kept fan-in), as
-    `static`, `set` and `rigl` do. No mask is made: hand the sparsities on, or train with the method `sparse-ift`, to
-    which the network tells them.
+    `static`, `set` and `rigl` do. A replaced layer's own hooks go with it. No mask is made: hand the sparsities on, or
+    train with the method `sparse-ift`, to which the network tells them.
 
     Args:
         model: is changed; before the optimizer is made.
