@@ -47,11 +47,12 @@ def pages() -> dict[str, str]:
         text = inspect.cleandoc(cls.__doc__ or "")
         first, _, rest = text.partition("\n")
         call = f'rarefy.sparsify(model, "{name}", sparsity=0.9, optimizer=optimizer)'
-        if cls.needs_calibration:
+        if cls.needs_calibration is True:  # with any options
             call = call.replace(")", ", calibration=[batch])")
         if needs_length(cls):
             call = call.replace(")", ", total_steps=steps)")
-        use = "" if name in ("dense", "small-dense") else f"```python\n{call}\n```\n\n"
+        builds = cls.model is not methods.Method.model  # its docstring tells how
+        use = "" if name == "dense" or builds else f"```python\n{call}\n```\n\n"
         body = options_as_list(rest.strip("\n"))
         result[f"{name}.md"] = f"# {name}\n\n**{first}**\n\n{use}{body}\n"
         lines.append(f"- [{name}]({name}.md): {first}")

@@ -30,9 +30,14 @@ class Method:
     name: ClassVar[str]
     needs_calibration: ClassVar[bool] = False  # looks at data before training
     keeps_calibration: ClassVar[bool] = False  # and again while it trains
+    prunes: ClassVar[bool] = True  # makes zeros: without that it has no sparse layers, and all work is in `model`
 
-    def model(self, build: Callable[[float], nn.Module]) -> nn.Module:
-        """Build the network that this method trains; `build(width)` makes it with its hidden widths multiplied."""
+    def model(self, build: Callable[[float], nn.Module], example: Any = None) -> nn.Module:
+        """Build the network that this method trains.
+
+        `build(width)` makes it with its hidden widths multiplied. `example` is an input of the network, for methods that
+        must see it run: as `rarefy.metrics.flops` takes it.
+        """
         return build(1.0)
 
     def clock(self, total_steps: int | None) -> Clock:

@@ -12,7 +12,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from rarefy.errors import PatternError, SelectionError, nearest
-from rarefy.nn import SparseModule
+from rarefy.nn import SharedArray, SparseModule
 from rarefy.patterns import Pattern
 
 Selector = str | re.Pattern[str] | type[nn.Module] | Callable[[str, nn.Module], bool]
@@ -136,6 +136,15 @@ def find_targets(
     return targets, left + not_chosen
 
 
+def leave_all(model: nn.Module, method: str, include: object, exclude: object) -> list[LeftOut]:
+    """List every parameter of a model that a method makes no zeros in; SelectionError where layers are chosen for it."""
+    for which, selectors in (("include", include), ("exclude", exclude)):
+        if selectors is not None:
+            raise SelectionError(f"{which}={selectors!r}: {method} makes no layer sparse, so there are none to choose.")
+    targets, left = list_weights(model)
+    return [LeftOut(t.name, t.shape, f"{method} makes no zeros") for t in targets] + left
+
+
 def check_fit(pattern: Pattern, targets: Sequence[Target]) -> None:
     """Raise one PatternError that names every weight that cannot follow the pattern, and the `exclude` that mends it."""
     problems: dict[str, str] = {}
@@ -205,6 +214,8 @@ def _as_list(selectors: Selector | Sequence[Selector] | None) -> list[Selector]:
 def _why_not(module: nn.Module, attribute: str, parameter: nn.Parameter) -> str:
     if isinstance(module, _NORMS):
         return "normalisation"
+    if isinstance(module, SharedArray):
+        return "an array that layers share"
     if isinstance(module, parametrize.ParametrizationList):
         return "computed by a parametrization (torch.nn.utils.parametrize)"
     if attribute.startswith("bias") or attribute.endswith("bias") or parameter.ndim < 2:

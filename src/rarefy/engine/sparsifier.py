@@ -19,7 +19,7 @@ from rarefy.engine.loading import AfterLoad
 from rarefy.engine.masked import MaskedLayer
 from rarefy.engine.method import Method
 from rarefy.engine.optimizer_state import Optimizers, check_optimizers, inside_another_step, was_skipped
-from rarefy.engine.selection import LeftOut, Selector, Target, check_fit, find_targets, list_weights
+from rarefy.engine.selection import LeftOut, Selector, Target, check_fit, find_targets, leave_all, list_weights
 from rarefy.engine.state import FORMAT, check_plain_parts, plain
 from rarefy.engine.summary import Row, Summary
 from rarefy.errors import OptionError, SelectionError, StateError, nearest
@@ -85,7 +85,10 @@ class Sparsifier:
         self._following: list[RemovableHandle] = []
         self._attached = False
 
-        targets, self.left_out = find_targets(model, include, exclude)
+        if method.prunes:
+            targets, self.left_out = find_targets(model, include, exclude)
+        else:
+            targets, self.left_out = [], leave_all(model, method.name, include, exclude)
         pattern: Pattern = parse_pattern(getattr(method, "pattern", "unstructured"))
         check_fit(pattern, targets)
         _check_free(targets)
@@ -112,7 +115,7 @@ class Sparsifier:
         if not method.keeps_calibration:
             self.calibration = None  # seen, and not ours to keep alive
         held = self._optimizers.holders()
-        if held and not any(id(layer.target.parameter) in held for layer in self.layers.values()):
+        if held and self.layers and not any(id(layer.target.parameter) in held for layer in self.layers.values()):
             warnings.warn(
                 "The optimizer holds none of the sparse weights: was it made for another copy of the model? Until they are "
                 "added to it, its steps do not train them.",
@@ -133,8 +136,8 @@ class Sparsifier:
 
     @property
     def sparsity(self) -> float:
-        """Fraction of zeros in the sparse layers."""
-        return 1 - self.nnz / self.numel
+        """Fraction of zeros in the sparse layers; 0 where there are none."""
+        return 1 - self.nnz / self.numel if self.layers else 0.0
 
     def masks(self) -> dict[str, Tensor]:
         """Return a bool copy of every mask by parameter name; True = kept."""
@@ -159,7 +162,7 @@ class Sparsifier:
 
     def explored(self) -> float:
         """Return R_s, the share of weights that have been kept at any time so far (ITOP, arXiv 2102.02887)."""
-        return sum(layer.explored() for layer in self.layers.values()) / self.numel
+        return sum(layer.explored() for layer in self.layers.values()) / self.numel if self.layers else 1.0
 
     def training_cost(self) -> dict[str, Cost]:
         """Return, for every layer, the sums that training FLOPs are counted from."""

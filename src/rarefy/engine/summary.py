@@ -43,7 +43,7 @@ class Summary:
 
     @property
     def sparsity(self) -> float:
-        return 1 - self.kept / self.numel
+        return 1 - self.kept / self.numel if self.numel else 0.0
 
     def __str__(self) -> str:
         head = ["layer", "shape", "pattern", "kept", "of", "sparsity"]

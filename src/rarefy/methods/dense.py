@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -54,7 +54,7 @@ class SmallDense(Method):
     def __post_init__(self) -> None:
         check_fraction("sparsity", self.sparsity)
 
-    def model(self, build: Callable[[float], nn.Module]) -> nn.Module:
+    def model(self, build: Callable[[float], nn.Module], example: Any = None) -> nn.Module:
         with torch.device("meta"):
             full = build(1.0)
         weights = sum(target.parameter.numel() for target in find_targets(full)[0])

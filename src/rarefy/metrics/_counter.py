@@ -111,6 +111,13 @@ class Tally:
         self.weights.sizes[name] = rows * cols
         self.count(name, uses * rows * cols, uses * values.numel())
 
+    def gathered(self, weight: torch.Tensor) -> None:
+        """Know a weight that was read from a shared array: dense to compute with, under its dense layer's name."""
+        name = f"{self._stack[-1]}.weight" if self._stack and self._stack[-1] else "weight"
+        self.weights.sizes[name] = weight.numel()
+        self.weights.dims.setdefault(name, 2)
+        self.weights.add(name, weight, None)
+
     def attention(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         products = attention_products(tuple(query.shape), tuple(key.shape), tuple(value.shape))
         self.count(f"{self.where}:attention", products, products)
@@ -185,6 +192,8 @@ class OpMode(TorchDispatchMode):
         if func.namespace == "rarefy" and op in ("sparse_linear", "sparse_conv2d"):
             cols = args[0].shape[-1] if op == "sparse_linear" else prod(args[5][1:])
             tally.compressed(args[1], args[2], out, cols)
+        elif func.namespace == "rarefy" and op == "shared_weight" and args[5] is None:  # rows alone are a look-up
+            tally.gathered(out)
         elif not counted:
             tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
             tally.other(op if aten else f"{func.namespace}.{op}", tensors, out)

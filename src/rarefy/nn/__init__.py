@@ -1,9 +1,32 @@
-"""Layers that are sparse by construction: only the kept values and their indices exist."""
+"""Layers that are sparse or small by construction: kept values and their indices only, or weights read from a shared array;
+and the functions that rewrite a model with them."""
 
 from __future__ import annotations
 
 from rarefy.nn.conv import SparseConv2d
+from rarefy.nn.iso_flop import IsoFlop, iso_flop_
+from rarefy.nn.iso_flop_layers import Doped, Parallel
 from rarefy.nn.linear import SparseLinear
 from rarefy.nn.module import SparseModule
+from rarefy.nn.share import share_, unshare_
+from rarefy.nn.shared_array import SharedArray
+from rarefy.nn.shared_layers import SharedConv2d, SharedEmbedding, SharedLinear, SharedModule
+from rarefy.nn.widen import widen_
 
-__all__ = ["SparseConv2d", "SparseLinear", "SparseModule"]
+__all__ = [
+    "Doped",
+    "IsoFlop",
+    "Parallel",
+    "SharedArray",
+    "SharedConv2d",
+    "SharedEmbedding",
+    "SharedLinear",
+    "SharedModule",
+    "SparseConv2d",
+    "SparseLinear",
+    "SparseModule",
+    "iso_flop_",
+    "share_",
+    "unshare_",
+    "widen_",
+]

@@ -100,8 +100,12 @@ def _budgets(finished: Sequence[Run]) -> list[str]:
 def _missed_sparsity(finished: Sequence[Run]) -> list[str]:
     off = {}
     for run in finished:
-        got = run.result.sparsity if run.result else None
+        if run.result is None:
+            continue
+        got = run.result.sparsity
         if run.sparsity is None or got is None or run.method in BASELINES[:2]:
+            continue
+        if got == 0 and (run.result.parameters or 0) < (run.result.parameters_dense or 0):  # smaller, not sparse
             continue
         if abs(got - run.sparsity) > 0.005:
             off[name_of(run.key)] = got

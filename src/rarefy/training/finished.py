@@ -28,7 +28,7 @@ def finished_network(path: str | os.PathLike[str]) -> tuple[nn.Module, Tensor]:
     except (OSError, KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise StateError(f"{home.checkpoint_file} cannot be read: {error}") from error
     inputs = Inputs(config)
-    net = config.build_method().model(lambda width: inputs.build(config.width * width))
+    net = config.build_method().model(lambda width: inputs.build(config.width * width), inputs.example)
     try:
         net.load_state_dict({name.removeprefix("net."): tensor for name, tensor in state.items()})
     except RuntimeError as error:

@@ -98,7 +98,7 @@ class _Run:
         self.method = config.build_method()
         self.device = _device(config.device)
         self.inputs = Inputs(config, self.device)
-        self.net = self.method.model(self._build)
+        self.net = self.method.model(self._build, self.inputs.example)
         batches = math.ceil(len(self.inputs.train) / config.accumulate)
         epochs, steps = config.length()
         self.steps = steps if steps is not None else batches * (epochs or 0)

@@ -15,7 +15,7 @@ function againstTip(row, name) {
 const up = 1, down = -1; // which way is better
 const COLUMNS = [
   { key: "label", text: "Method", value: (r) => r.label, cell: (r) => [swatch(r.label), r.label] },
-  { key: "sparsity", text: "Sparsity", value: (r) => r.sparsity_asked ?? 0, cell: (r) => two(percent(r.sparsity_asked ?? 0), r.method === "small-dense" ? "narrower net" : r.sparsity !== null && Math.abs(r.sparsity - (r.sparsity_asked ?? 0)) > 5e-6 ? `got ${percent(r.sparsity, 2)}` : null),
+  { key: "sparsity", text: "Sparsity", value: (r) => r.sparsity_asked ?? 0, cell: (r) => two(percent(r.sparsity_asked ?? 0), r.sparsity === 0 && r.parameters_ratio < 1 ? "smaller net" : r.sparsity !== null && Math.abs(r.sparsity - (r.sparsity_asked ?? 0)) > 5e-6 ? `got ${percent(r.sparsity, 2)}` : null),
     tip: "fraction of zeros asked for; below it what the prunable layers really have" },
   { key: "accuracy", text: "Accuracy, %", better: up, value: (r) => r.accuracy, cell: (r) => [points(r.accuracy)], after: (r) => (r.accuracy_sd === null ? null : el("span", { class: "sd" }, ` \u00b1 ${points(r.accuracy_sd)}`)), tip: "mean and standard deviation over seeds" },
   { key: "n", text: "Seeds", value: (r) => r.n, cell: (r) => (r.n === r.total ? String(r.n) : `${r.n} of ${r.total}`), tip: "finished runs" },
