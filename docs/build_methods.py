@@ -37,7 +37,7 @@ def pages() -> dict[str, str]:
         text = inspect.cleandoc(cls.__doc__ or "")
         first, _, rest = text.partition("\n")
         call = f'rarefy.sparsify(model, "{name}", sparsity=0.9, optimizer=optimizer)'
-        if cls.needs_calibration:
+        if cls.needs_calibration is True:  # with any options
             call = call.replace(")", ", calibration=[batch])")
         use = "" if name in ("dense", "small-dense") else f"```python\n{call}\n```\n\n"
         body = options_as_list(rest.strip("\n"))

@@ -26,7 +26,7 @@ class Method:
     """
 
     name: ClassVar[str]
-    needs_calibration: ClassVar[bool] = False  # looks at data before training
+    needs_calibration: ClassVar[bool] = False  # looks at data before training; a property where options decide it
 
     def model(self, build: Callable[[float], nn.Module]) -> nn.Module:
         """Build the network that this method trains; `build(width)` makes it with its hidden widths multiplied."""
