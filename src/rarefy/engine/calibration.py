@@ -8,29 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rarefy.engine.distributed import average
 from rarefy.errors import OptionError
+from rarefy.metrics.untouched import cross_entropy, looking
 
 if TYPE_CHECKING:
     from rarefy.engine.sparsifier import Sparsifier
 
 Derivative = Callable[[Tensor, Sequence[Tensor]], Sequence[Tensor | None]]
-
-
-def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
-    """The default loss: mean cross-entropy of `model(x)` and the labels y of a batch (x, y)."""
-    if not isinstance(batch, tuple | list) or len(batch) != 2:
-        raise OptionError(
-            f"A calibration batch must be a pair (x, y), not {type(batch).__name__}; for anything else pass "
-            "loss=lambda model, batch: ..."
-        )
-    x, y = batch
-    loss: Tensor = F.cross_entropy(model(x), y)
-    return loss
 
 
 def hold(sparse: Sparsifier) -> None:
@@ -103,15 +90,10 @@ def _summed(sparse: Sparsifier, derivative: Derivative) -> dict[str, Tensor]:
     refuse_given(sparse)
     weights = {name: layer.target.parameter for name, layer in sparse.layers.items()}
     total = {n: torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for n, w in weights.items()}
-    buffers = {name: buffer.clone() for name, buffer in sparse.model.named_buffers()}
     seen = 0
-    # Compiled models run uncompiled here: for so few batches, and because compiled graphs have no second derivative.
-    with torch.random.fork_rng(), torch.enable_grad(), torch.compiler.set_stance("force_eager"), _as_kept(sparse):
+    with looking(sparse.model) as value, _as_kept(sparse):
         for batch in sparse.calibration or ():
-            value = functional_call(
-                _Objective(sparse.model, loss), {f"model.{k}": v for k, v in buffers.items()}, (batch,)
-            )
-            found = derivative(value, list(weights.values()))
+            found = derivative(value(loss, batch), list(weights.values()))
             for name, part in zip(weights, found, strict=True):
                 if part is not None:
                     total[name] += part
@@ -142,16 +124,3 @@ def _as_kept(sparse: Sparsifier) -> Iterator[None]:
             thawed.requires_grad_(False)
         for pruned, weight in whole:
             pruned.data.copy_(weight)
-
-
-class _Objective(nn.Module):
-    """The loss as a module around the model, so that its buffers can be swapped for copies."""
-
-    def __init__(self, model: nn.Module, loss: Any) -> None:
-        super().__init__()
-        self.model = model
-        self.loss = loss
-
-    def forward(self, batch: Any) -> Tensor:
-        value: Tensor = self.loss(self.model, batch)
-        return value
