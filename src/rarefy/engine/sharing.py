@@ -49,10 +49,7 @@ def share(
         if rule == "lamp":
             _check_not_negative(ranked)
             ranked = {name: lamp(values) for name, values in ranked.items()}
-        ranked = {
-            n: r.masked_fill(~layers[n].mask(), -math.inf) if layers[n].nnz < r.numel() else r
-            for n, r in ranked.items()
-        }
+        ranked = {name: _dropped_last(layers[name], values) for name, values in ranked.items()}
         kept = allocation.global_counts(ranked, sparsity)
     else:
         by_name = rule if isinstance(rule, str) else _by_layer(layers, rule)
@@ -82,9 +79,7 @@ def keep_best(layers: Mapping[str, Layer], scores: Mapping[str, Tensor], sparsit
     Args, errors: as `share`.
     """
     for name, counts in without_growth(layers, share(layers, sparsity, rule, lambda: scores)).items():
-        layer = layers[name]
-        kept = scores[name] if layer.nnz == layer.numel else scores[name].masked_fill(~layer.mask(), -math.inf)
-        layer.rewire(layer.best(kept, counts))
+        layers[name].rewire(layers[name].best(_dropped_last(layers[name], scores[name]), counts))
 
 
 def without_growth(layers: Mapping[str, Layer], counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -125,6 +120,11 @@ def _by_layer(layers: Mapping[str, Layer], rule: Mapping[str, float]) -> dict[st
         ]
         raise SelectionError(f"sparsities by layer name: {'; '.join(problems)}. Layers: {', '.join(layers)}.")
     return {escape(name): rule[glob] for name, glob in chosen.items()}
+
+
+def _dropped_last(layer: Layer, scores: Tensor) -> Tensor:
+    """Rank what is dropped now below all that is kept."""
+    return scores if layer.nnz == layer.numel else scores.masked_fill(~layer.mask().to(scores.device), -math.inf)
 
 
 def _check_not_negative(scores: Mapping[str, Tensor]) -> None:

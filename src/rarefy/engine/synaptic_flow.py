@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from rarefy.engine.calibration import refuse_given
 from rarefy.engine.selection import unwrapped
 from rarefy.errors import OptionError
+from rarefy.metrics.untouched import uncompiled
 
 if TYPE_CHECKING:
     from rarefy.engine.sparsifier import Sparsifier
@@ -45,20 +47,23 @@ class SynapticFlow:
         }
         self._model = model
         self._loss = sparse.loss
-        self._batch = next(iter(sparse.calibration or ()), None)
+        self._batch: Any = next(iter(sparse.calibration or ()), None)
         if self._loss is None:
-            self._batch = _ends(self._batch, self._method, next(iter(self._weights.values())).device)
+            self._batch = _ones(self._batch, self._method, next(iter(self._weights.values())).device)
 
     def gradients(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return (|w| as kept now, dR/dw there) of every sparse layer; float64, weight-shaped, on the layer's device."""
+        """Return (|w| as kept now, dR/dw there) of every sparse layer; float64, weight-shaped.
+
+        On the layer's device, or on the CPU where that device has no float64.
+        """
         for name, weight in self._weights.items():
             weight.data.copy_(self._layers[name].weight().abs())
         weights = list(self._weights.values())
-        with torch.random.fork_rng(), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+        with torch.random.fork_rng(), torch.enable_grad(), uncompiled():
             flow = self._flow()
-            found = (
-                torch.autograd.grad(flow, weights, allow_unused=True) if flow.requires_grad else [None] * len(weights)
-            )
+            found: Sequence[Tensor | None] = [None] * len(weights)
+            if flow.requires_grad:
+                found = torch.autograd.grad(flow, weights, allow_unused=True)
         result = {
             n: torch.zeros_like(w) if g is None else g for (n, w), g in zip(self._weights.items(), found, strict=True)
         }
@@ -73,17 +78,20 @@ class SynapticFlow:
     def _flow(self) -> Tensor:
         if self._loss is not None:
             return self._loss(self._model, self._batch).sum()
-        output = self._model(self._batch)
+        return self._output(self._batch) - self._output(torch.zeros_like(self._batch))
+
+    def _output(self, x: Tensor) -> Tensor:
+        output = self._model(x)
         if not isinstance(output, Tensor):
             raise OptionError(
                 f"{self._method} sums the model's output, which is a {type(output).__name__} and not a tensor: pass "
                 "loss=lambda model, batch: ... that returns the sum to follow."
             )
-        return output[0].sum() - output[1].sum()
+        return output.sum()
 
 
-def _ends(batch: Any, method: str, device: torch.device) -> Tensor:
-    """Return two float64 samples, one of ones and one of zeros, of the shape of a batch's samples."""
+def _ones(batch: Any, method: str, device: torch.device) -> Tensor:
+    """Return one float64 sample of ones, of the shape of a batch's samples."""
     x = batch[0] if isinstance(batch, tuple | list) and batch else batch
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2:
         said = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
@@ -92,6 +100,4 @@ def _ends(batch: Any, method: str, device: torch.device) -> Tensor:
             f"x [samples, ...], not {said}. For other networks pass loss=lambda model, batch: ... that returns the sum of "
             "outputs to follow."
         )
-    ends = torch.zeros(2, *x.shape[1:], dtype=torch.float64, device=device)
-    ends[0] = 1
-    return ends
+    return torch.ones(1, *x.shape[1:], dtype=torch.float64, device=device)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -33,15 +34,22 @@ def looking(net: nn.Module) -> Iterator[Callable[[Loss, Any], Tensor]]:
     """Give a function (loss, batch) -> loss(net, batch), with its graph, that works on copies of the buffers, for a block.
 
     Take derivatives with `torch.autograd.grad`, which leaves `.grad` alone. The random state is forked, so that two looks
-    draw the same. Compiled networks run uncompiled: for a few batches, and because compiled graphs have no second derivative.
+    draw the same. Compiled networks run uncompiled.
     """
     buffers = {f"net.{name}": buffer.clone() for name, buffer in net.named_buffers()}
 
     def value(loss: Loss, batch: Any) -> Tensor:
         return functional_call(_Objective(net, loss), buffers, (batch,))
 
-    with torch.random.fork_rng(), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+    with torch.random.fork_rng(), torch.enable_grad(), uncompiled():
         yield value
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """Run compiled networks as they were written, for a block: for a few batches, and for second derivatives."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and to ask takes a second
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def cross_entropy(net: nn.Module, batch: Any) -> Tensor:

@@ -115,7 +115,7 @@ class LrSchedule(Part):
 
 
 class EvaluateConfig(Part):
-    """What else is measured on the trained network, on the test part of an image set (`result.json`: evaluations).
+    """What else than accuracy, loss (the NLL) and ECE is measured at the end, on an image set (`result.json`: evaluations).
 
     ood: foreign images that its confidence should tell from its own: "noise" (uniform pixels), or an image set of the same
     shape; AUROC of the largest softmax probability. attacks: "fgsm", "pgd"; accuracy when no pixel (0..1) is changed by
