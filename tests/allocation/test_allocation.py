@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rarefy.allocation import RULES, SCORED, counts, densities, global_counts
+from rarefy.allocation.shares import erk_plus
 from rarefy.errors import AllocationError, OptionError, SelectionError
 from rarefy.patterns import Unstructured
 from rarefy.scores import lamp, magnitude
@@ -91,14 +92,14 @@ def test_resnet20() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(shapes=SHAPES, sparsity=SPARSITY, rule=st.sampled_from(["uniform", "uniform+", "er", "erk"]))
+@given(shapes=SHAPES, sparsity=SPARSITY, rule=st.sampled_from(["uniform", "uniform+", "er", "erk", "erk+"]))
 def test_the_budget_is_kept(shapes: dict[str, tuple[int, ...]], sparsity: float, rule: str) -> None:
     try:
         found = densities(shapes, sparsity, rule)
     except AllocationError:
-        assert rule == "uniform+"
         first, last = (math.prod(list(shapes.values())[i]) for i in (0, -1))
-        least = float(first) if len(shapes) == 1 else first + 0.2 * last
+        assert rule in ("uniform+", "erk+")
+        least = float(last) if rule == "erk+" else float(first) if len(shapes) == 1 else first + 0.2 * last
         assert (1 - sparsity) * size(shapes) <= least * (1 + 1e-9)
         return
     kept = sum(d * math.prod(shapes[name]) for name, d in found.items())
@@ -109,6 +110,12 @@ def test_the_budget_is_kept(shapes: dict[str, tuple[int, ...]], sparsity: float,
         assert eps == pytest.approx([eps[0]] * len(eps) if eps else [], rel=1e-9)
         if eps:  # capped layers would all go over 1
             assert all(eps[0] * ratio(rule, shapes[name]) >= 1 - 1e-9 for name in dense_layers(found))
+    if rule == "erk+" and sparsity:
+        *others, last = shapes
+        assert found[last] == 1
+        rest = (kept - math.prod(shapes[last])) / size({name: shapes[name] for name in others})
+        alone = densities({name: shapes[name] for name in others}, 1 - rest, "erk")
+        assert {name: found[name] for name in others} == pytest.approx(alone, rel=1e-6)
     if rule == "uniform+" and sparsity:
         of_first, *between, of_last = found.values()
         assert of_first == 1 and of_last >= 0.2
@@ -117,7 +124,7 @@ def test_the_budget_is_kept(shapes: dict[str, tuple[int, ...]], sparsity: float,
 
 
 @settings(max_examples=60, deadline=None)
-@given(shapes=SHAPES, sparsity=SPARSITY, rule=st.sampled_from(["uniform", "uniform+", "er", "erk"]))
+@given(shapes=SHAPES, sparsity=SPARSITY, rule=st.sampled_from(["uniform", "uniform+", "er", "erk", "erk+"]))
 def test_counts_are_exact(shapes: dict[str, tuple[int, ...]], sparsity: float, rule: str) -> None:
     try:
         kept = counts(shapes, sparsity, rule)
@@ -147,13 +154,20 @@ def test_capping_finds_the_one_scale_that_fits(shapes: dict[str, tuple[int, ...]
     assert densities(shapes, sparsity, rule) == pytest.approx(expected, rel=1e-6)
 
 
+def test_erk_plus_says_what_the_classifier_alone_takes() -> None:
+    assert densities(LENET, 0.98, "erk+")["fc3"] == 1.0
+    with pytest.raises(AllocationError, match=r"fc3 \[10, 100\] at density 1 alone keeps 1000; .* below 0\.9962"):
+        densities(LENET, 0.997, "erk+")
+    assert erk_plus(LENET, 0.003, last=0.5)["fc3"] == 0.5
+
+
 def test_layers_with_nearly_equal_ratios_are_capped_one_by_one() -> None:
     found = densities({"a": (10, 100), "b": (10, 101), "c": (1000, 1000)}, 1 - 20_200 / 1_002_010, "erk")
     assert found["a"] == 1.0
     assert found["b"] == pytest.approx(0.9996, abs=1e-4)
 
 
-@pytest.mark.parametrize("rule", ["uniform+", "er", "erk"])
+@pytest.mark.parametrize("rule", ["uniform+", "er", "erk", "erk+"])
 @pytest.mark.parametrize("sparsity", [0.5, 0.61, 0.73, 0.8])
 def test_the_largest_remainders_are_rounded_up(rule: str, sparsity: float) -> None:
     shapes = resnet20()

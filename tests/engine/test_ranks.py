@@ -15,7 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import rarefy
 
-CASES = ("rigl", "branches", "magnitude", "snip", "compressed rigl", "compressed branches", "compressed magnitude")
+LOOKING = ("snip", "grasp", "synflow")
+CASES = ("rigl", "branches", "magnitude", *LOOKING, "compressed rigl", "compressed branches", "compressed magnitude")
 
 
 class Branches(nn.Sequential):
@@ -55,7 +56,7 @@ def train(rank: int, case: str) -> dict[str, dict[str, torch.Tensor]]:
         sparsity=0.7,
         optimizer=optimizer,
         storage=storage,
-        calibration=[batch()] if method == "snip" else None,
+        calibration=[batch()] if method in LOOKING else None,
         **({"every": 2} if method == "rigl" else {}),
     )
     wrapped = DistributedDataParallel(model, find_unused_parameters=case == "branches")

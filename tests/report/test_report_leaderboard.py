@@ -108,6 +108,21 @@ def test_the_terminal_table_fits_its_width_and_takes_text_as_text(tmp_path: Path
     assert ("left out for the terminal" in text) == (width < 170)
 
 
+def test_further_evaluations_have_their_columns(tmp_path: Path) -> None:
+    for seed, share in ((0, 0.25), (1, 0.75), (2, None)):
+        fake.run(tmp_path / f"rigl-0.9-s{seed}", "rigl", 0.9, seed, evaluations={"fgsm_accuracy": share})
+        fake.run(tmp_path / f"static-0.9-s{seed}", "static", 0.9, seed)
+    comparison = collect(tmp_path)
+    rows = leaderboard(comparison)
+    assert {row.label: row.evaluations for row in rows} == {"rigl": {"fgsm_accuracy": 0.5}, "static": {}}
+    out = io.StringIO()
+    print_leaderboard(Console(file=out, width=250), rows, comparison)
+    assert "fgsm_accuracy %" in out.getvalue() and "50.00" in out.getvalue()
+    assert json.loads(write_table(tmp_path / "table.json", comparison, rows).read_text())["rows"][0]["evaluations"] == {
+        "fgsm_accuracy": 0.5
+    }
+
+
 def test_numbers_are_short() -> None:
     assert [si(value) for value in (0, 12, 999, 1000, 26611, 266610, 1.2e9)] == [
         "0",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from rarefy.errors import OptionError
-from rarefy.scores import SCORES, gradient, lamp, magnitude, random, snip
+from rarefy.scores import SCORES, gradient, grasp, lamp, magnitude, random, snip, synflow
 
 FLOATS = st.lists(st.floats(-8, 8, width=32).map(lambda x: x if abs(x) > 1e-6 else 0.0), min_size=1, max_size=30)
 
@@ -71,7 +72,8 @@ def test_dtypes(dtype: torch.dtype) -> None:
     wide = torch.float32 if dtype.itemsize == 2 else dtype
     assert magnitude(w).dtype == gradient(w).dtype == dtype
     assert snip(w, w).dtype == lamp(w).dtype == wide
-    torch.testing.assert_close(snip(w, w), w.to(wide) ** 2)
+    for score in (snip, grasp, synflow):
+        torch.testing.assert_close(score(w, w), w.to(wide) ** 2)
 
 
 def test_simple_scores() -> None:
@@ -79,6 +81,8 @@ def test_simple_scores() -> None:
     assert torch.equal(magnitude(w), torch.tensor([[2.0, 0.0], [1.0, 3.0]]))
     assert torch.equal(gradient(g), torch.tensor([[1.0, 4.0], [0.5, 1.0]]))
     assert torch.equal(snip(w, g), torch.tensor([[2.0, 0.0], [0.5, 3.0]]))
+    assert torch.equal(grasp(w, g), torch.tensor([[-2.0, 0.0], [0.5, -3.0]]))  # signed
+    assert torch.equal(synflow(w, g), torch.tensor([[2.0, 0.0], [0.5, 3.0]]))
 
 
 def test_snip_is_the_gradient_of_the_mask() -> None:
@@ -100,7 +104,7 @@ def test_half_precision_snip_does_not_underflow() -> None:
 def test_scores_carry_no_gradient_and_change_nothing() -> None:
     w = torch.randn(4, 4, requires_grad=True)
     before = w.detach().clone()
-    for scores in (magnitude(w), snip(w, w), lamp(w), gradient(w)):
+    for scores in (magnitude(w), snip(w, w), grasp(w, w), synflow(w, w), lamp(w), gradient(w)):
         assert not scores.requires_grad
     assert torch.equal(w.detach(), before)
 
@@ -117,10 +121,11 @@ def test_random_is_repeatable_and_blind_to_weights() -> None:
     assert abs(corr) < 0.1
 
 
-def test_wrong_shapes_are_refused() -> None:
-    with pytest.raises(OptionError, match=r"weight is \[2, 3\], its gradient \[3, 2\]"):
-        snip(torch.ones(2, 3), torch.ones(3, 2))
+@pytest.mark.parametrize("score", [snip, grasp, synflow])
+def test_wrong_shapes_are_refused(score: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+    with pytest.raises(OptionError, match=score.__name__ + r": the weight is \[2, 3\], its gradient \[3, 2\]"):
+        score(torch.ones(2, 3), torch.ones(3, 2))
 
 
 def test_every_score_is_listed() -> None:
-    assert set(SCORES) == {"magnitude", "random", "gradient", "snip", "lamp"}
+    assert set(SCORES) == {"magnitude", "random", "gradient", "snip", "grasp", "synflow", "lamp"}

@@ -32,6 +32,9 @@ def run(**keys: object) -> RunConfig:
         ({"method": "dense", "sparsity": 0.5}, "method 'dense' takes no sparsity"),
         ({"precision": 16, "device": "cpu"}, "precision 16 needs a GPU"),
         ({"batch_size": -1}, "bad value for 'batch_size'"),
+        ({"evaluate": {"ood": "nois"}}, "there is no data set 'nois' (did you mean 'noise'?)"),
+        ({"evaluate": {"attacks": ["fgms"]}}, "bad value for 'evaluate.attacks.0'"),
+        ({"evaluate": {"epsilon": 0.1}}, "unknown key 'evaluate.epsilon'"),
     ],
 )
 def test_refusals_name_the_key_and_the_mend(keys: dict[str, object], said: str) -> None:

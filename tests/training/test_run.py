@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -14,8 +15,8 @@ from safetensors import safe_open
 
 from rarefy.errors import ConfigError, StateError
 from rarefy.kernels import unpack_mask
-from rarefy.report import collect
-from rarefy.training import task
+from rarefy.report import collect, leaderboard
+from rarefy.training import inputs, robustness, task
 from rarefy.training.config import RunConfig
 from rarefy.training.folder import RunFolder
 from rarefy.training.loop import train
@@ -214,3 +215,31 @@ def test_small_dense_is_counted_against_the_full_net(tmp_path: Path) -> None:
 def test_a_tiny_run_in_bf16(tmp_path: Path) -> None:
     result = train(small(precision="bf16", epochs=1), tmp_path)
     assert result["status"] == "finished" and result["sparsity"] == pytest.approx(0.9, abs=1e-3)
+
+
+def test_further_evaluations_change_no_run_and_are_reported(tmp_path: Path) -> None:
+    plain = train(small(), tmp_path / "rigl-0.9-s0")
+    asked = {"ood": "noise", "attacks": ["fgsm", "pgd"], "eps": 0.1, "steps": 3}
+    result = train(small(evaluate=asked), tmp_path / "rigl-0.9-s1")
+    assert not differences(checkpoint(tmp_path / "rigl-0.9-s0"), checkpoint(tmp_path / "rigl-0.9-s1"))
+    assert plain["evaluations"] == {} and plain["accuracy"] == result["accuracy"]
+    found = result["evaluations"]
+    assert list(found) == ["ood_auroc_noise", "fgsm_accuracy", "pgd_accuracy"]
+    assert 0 <= found["pgd_accuracy"] <= found["fgsm_accuracy"] < result["accuracy"]
+    assert 0 < found["ood_auroc_noise"] <= 1
+    (tmp_path / "rigl-0.9-s1" / "result.json").unlink()  # as after a kill: only the measuring is repeated
+    assert train(small(evaluate=asked), tmp_path / "rigl-0.9-s1", resume=True)["evaluations"] == found
+    (row,) = leaderboard(collect(tmp_path / "rigl-0.9-s1"))
+    assert row.evaluations == pytest.approx(found)
+
+
+def test_evaluations_that_cannot_be_are_refused_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = inputs.bundle_of("digits", None)
+    large = dataclasses.replace(one, name="large", test_x=torch.zeros(3, 1, 28, 28, dtype=torch.uint8))
+    original = robustness.bundle_of
+    monkeypatch.setattr(robustness, "bundle_of", lambda name, root: large if name == "mnist" else original(name, root))
+    with pytest.raises(ConfigError, match=r"images of mnist are \[1, 28, 28\], those of digits \[1, 8, 8\]"):
+        train(small(evaluate={"ood": ["mnist"]}), tmp_path)
+    assert not (tmp_path / "checkpoint.ckpt").exists()

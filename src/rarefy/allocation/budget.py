@@ -20,6 +20,7 @@ RULES: Mapping[str, str] = MappingProxyType(
         "uniform+": "first layer dense, last layer at least 0.2 dense, one density for the others",
         "er": "more in layers with few inputs and outputs (Erdos-Renyi)",
         "erk": "more in small layers, kernel size included (Erdos-Renyi-Kernel)",
+        "erk+": "last layer dense, erk for the others",
         "global": "the largest scores of all layers together",
         "lamp": "the largest LAMP scores of all layers together",
     }
@@ -36,9 +37,9 @@ def densities(shapes: Shapes, sparsity: float | None, rule: Rule) -> dict[str, f
     """Share a sparsity out over the layers: the kept fraction of each, from the shapes alone.
 
     Args:
-        shapes: layer name -> weight shape, in the order of the layers (uniform+ takes the first and last of it).
+        shapes: layer name -> weight shape, in the order of the layers (uniform+ and erk+ take the first and last of it).
         sparsity: fraction of zeros over all layers together, in [0, 1). Not used where `rule` is a mapping.
-        rule: "uniform", "uniform+", "er" or "erk"; or the user's own mapping of layer-name glob -> sparsity of the
+        rule: "uniform", "uniform+", "er", "erk" or "erk+"; or the user's own mapping of layer-name glob -> sparsity of the
             layer, of which the first that fits a layer counts.
 
     Returns:

@@ -1,4 +1,4 @@
-"""How much each layer keeps, from the layers' shapes alone: uniform, uniform+, ER, ERK."""
+"""How much each layer keeps, from the layers' shapes alone: uniform, uniform+, ER, ERK, ERK+."""
 
 from __future__ import annotations
 
@@ -106,6 +106,35 @@ def erk(shapes: Shapes, density: float) -> dict[str, float]:
     return _scaled(shapes, density, {name: sum(s) / math.prod(s) for name, s in shapes.items()})
 
 
+def erk_plus(shapes: Shapes, density: float, last: float = 1.0) -> dict[str, float]:
+    """Give the last layer (the classifier) a density of its own, and share the rest of the budget by ERK.
+
+    In numbers: d_last = `last` (1: dense), and ERK at d' = (d sum N - last N_last) / (sum N - N_last) for the others.
+
+    Source: Liu et al. 2022, arXiv 2202.02643 (ERK+).
+
+    Raises:
+        AllocationError: the last layer alone is over the budget.
+
+    Example:
+        >>> from rarefy.allocation.shares import erk_plus
+        >>> d = erk_plus({"conv1": [16, 3, 3, 3], "conv2": [32, 16, 3, 3], "fc": [10, 32]}, 0.2)
+        >>> {name: round(x, 6) for name, x in d.items()}
+        {'conv1': 0.550867, 'conv2': 0.111551, 'fc': 1.0}
+    """
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    *others, classifier = sizes
+    budget, rest = density * sum(sizes.values()) - last * sizes[classifier], sum(sizes[name] for name in others)
+    if not others or budget <= 0.0:
+        total = sum(sizes.values())
+        raise AllocationError(
+            f"erk+ cannot keep {density:g} of {total} weights ({density * total:.0f}): {classifier} "
+            f"{list(shapes[classifier])} at density {last:g} alone keeps {last * sizes[classifier]:.0f}; ask for a sparsity "
+            f"below {1 - last * sizes[classifier] / total:.4f} or use 'erk' or 'uniform'"
+        )
+    return {**erk({name: shapes[name] for name in others}, budget / rest), classifier: last}
+
+
 def _scaled(shapes: Shapes, density: float, raw: Mapping[str, float]) -> dict[str, float]:
     """d_l = min(1, eps r_l) with the eps that keeps the budget (the dense-capping loop)."""
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
@@ -125,4 +154,5 @@ SHAPE_RULES: dict[str, Callable[[Shapes, float], dict[str, float]]] = {
     "uniform+": uniform_plus,
     "er": er,
     "erk": erk,
+    "erk+": erk_plus,
 }

@@ -78,4 +78,6 @@ def train(
         raise Interrupted(f"stopped; rarefy train --resume {home.path} goes on from here") from None
     sparse = "" if run.sparsity is None else f", sparsity {result['sparsity']:.4f}"
     text = f"{home.path}: accuracy {100 * result['accuracy']:.2f} %{sparse}, {result['seconds']:.1f} s"
+    for evaluation, share in result["evaluations"].items():
+        text += f"\n{evaluation}: {100 * share:.2f} %"
     console.print(f"{text}\ndata: {result['dataset_note']}", highlight=False, soft_wrap=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rarefy.engine.compressed import CompressedLayer
+from rarefy.engine.dead_units import DeadUnits, dead_units
 from rarefy.engine.events import Cost, Event
 from rarefy.engine.layer import Change, Layer
 from rarefy.engine.masked import MaskedLayer
@@ -15,6 +16,7 @@ __all__ = [
     "Change",
     "CompressedLayer",
     "Cost",
+    "DeadUnits",
     "Event",
     "Layer",
     "LeftOut",
@@ -27,5 +29,6 @@ __all__ = [
     "Summary",
     "Target",
     "check_fraction",
+    "dead_units",
     "find_targets",
 ]

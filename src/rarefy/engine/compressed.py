@@ -117,6 +117,12 @@ class CompressedLayer(Layer):
     def kept_per_output(self) -> Tensor:
         return torch.bincount(self._kept() // (self.numel // self.shape[0]), minlength=self.shape[0])
 
+    def kept_per_input(self) -> Tensor:
+        kept, inputs = self._kept(), self.shape[1]
+        group = kept // (self.numel // self.channel_groups)
+        column = kept // (self.numel // (self.shape[0] * inputs)) % inputs
+        return torch.bincount(group * inputs + column, minlength=self.channel_groups * inputs)
+
     def explored(self) -> int:
         return self.nnz if self._ever is None else self._ever.numel()
 
@@ -124,6 +130,9 @@ class CompressedLayer(Layer):
 
     def best(self, scores: Tensor, counts: Tensor) -> Tensor:
         return self._select(self.pattern.pool(scores), counts).reshape(-1).nonzero().squeeze(1)
+
+    def holding(self, positions: Tensor) -> Tensor:
+        return positions.to(self.target.parameter.device).unique()
 
     def largest_magnitudes(self, counts: Tensor | int) -> Tensor:
         kept, scores = self._kept(), self._values().abs()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
@@ -13,6 +14,15 @@ class Event(NamedTuple):
     dropped: int
     grown: int
     kept: int
+
+
+def net(events: Sequence[Event]) -> list[Event]:
+    """Return one event a layer: what all of one step's events have changed, however many rounds it took."""
+    dropped: dict[str, int] = {}
+    last = {event.layer: event for event in events}
+    for event in events:
+        dropped[event.layer] = dropped.get(event.layer, 0) + event.dropped - event.grown
+    return [e._replace(dropped=max(dropped[name], 0), grown=max(-dropped[name], 0)) for name, e in last.items()]
 
 
 class Cost(NamedTuple):

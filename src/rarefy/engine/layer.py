@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from rarefy.engine.optimizer_state import Optimizers
 from rarefy.engine.selection import Target
 from rarefy.errors import OptionError
+from rarefy.nn import SparseConv2d
 from rarefy.patterns import Pattern
 
 
@@ -136,6 +137,15 @@ class Layer(ABC):
     def kept_per_output(self) -> Tensor:
         """Return how many weights each output unit (dimension 0) keeps; int64 [shape[0]]."""
 
+    @property
+    def channel_groups(self) -> int:
+        """Groups of a grouped convolution, each of which reads its own inputs; 1 for any other layer."""
+        return int(self.module.groups) if isinstance(self.module, nn.modules.conv._ConvNd | SparseConv2d) else 1
+
+    @abstractmethod
+    def kept_per_input(self) -> Tensor:
+        """Return how many weights read each input (dimension 1, of each channel group); int64 [groups * shape[1]]."""
+
     @abstractmethod
     def explored(self) -> int:
         """Return how many weights have been kept at any time so far."""
@@ -167,6 +177,10 @@ class Layer(ABC):
     @abstractmethod
     def best(self, scores: Tensor, counts: Tensor) -> Tensor:
         """Choose in each group the units with the largest summed `scores` (weight-shaped)."""
+
+    @abstractmethod
+    def holding(self, positions: Tensor) -> Tensor:
+        """Choose the units that hold the weights at these flat positions; int64, in any order, repeats allowed."""
 
     @abstractmethod
     def largest_magnitudes(self, counts: Tensor | int) -> Tensor:

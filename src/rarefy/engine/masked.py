@@ -84,6 +84,13 @@ class MaskedLayer(Layer):
     def kept_per_output(self) -> Tensor:
         return self._mask.flatten(1).sum(dim=1)
 
+    def kept_per_input(self) -> Tensor:
+        return (
+            self._mask.reshape(self.channel_groups, -1, self.shape[1], self.numel // (self.shape[0] * self.shape[1]))
+            .sum(dim=(1, 3))
+            .reshape(-1)
+        )
+
     def explored(self) -> int:
         return self._nnz if self._ever is None else int(self._ever.sum())
 
@@ -91,6 +98,11 @@ class MaskedLayer(Layer):
 
     def best(self, scores: Tensor, counts: Tensor) -> Tensor:
         return self._top(self.pattern.pool(scores), counts)
+
+    def holding(self, positions: Tensor) -> Tensor:
+        flat = torch.zeros(self.numel, dtype=torch.bool, device=self._mask.device)
+        flat[positions.to(flat.device)] = True
+        return self.pattern.pool(flat, self.shape) > 0
 
     def largest_magnitudes(self, counts: Tensor | int) -> Tensor:
         scores = self.pattern.pool(self.weight().abs()).masked_fill(~self._kept_units(), -1)

@@ -28,7 +28,7 @@ class Method:
     """
 
     name: ClassVar[str]
-    needs_calibration: ClassVar[bool] = False  # looks at data before training
+    needs_calibration: ClassVar[bool] = False  # looks at data before training; a property where options decide it
     keeps_calibration: ClassVar[bool] = False  # and again while it trains
     prunes: ClassVar[bool] = True  # makes zeros: without that it has no sparse layers, and all work is in `model`
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 
 from rarefy import allocation, schedules
 from rarefy.engine.method import check_fraction
@@ -13,10 +14,12 @@ from rarefy.patterns import Pattern, parse_pattern
 __all__ = [
     "check_allocation",
     "check_clock",
+    "check_count",
     "check_curve",
     "check_decay",
     "check_fraction",
     "check_pattern",
+    "check_positive",
     "check_sparsity",
 ]
 
@@ -36,21 +39,34 @@ def check_sparsity(sparsity: float, pattern: str | Pattern) -> None:
         )
 
 
-def check_allocation(rule: Rule) -> None:
-    """Refuse an unknown rule, or a sparsity by name outside [0, 1)."""
+def check_allocation(rule: Rule, more: Iterable[str] = ()) -> None:
+    """Refuse an unknown rule (`more`: names that this method adds), or a sparsity by name outside [0, 1)."""
+    known = [*allocation.RULES, *more]
     if isinstance(rule, Mapping):
         for name, value in rule.items():
             check_fraction(f"allocation[{name!r}]", value)
-    elif rule not in allocation.RULES:
+    elif rule not in known:
         raise OptionError(
-            f"allocation={rule!r} is not known{nearest(str(rule), allocation.RULES)}; it is one of "
-            f"{', '.join(allocation.RULES)}, or sparsities by layer name."
+            f"allocation={rule!r} is not known{nearest(str(rule), known)}; it is one of {', '.join(known)}, or sparsities "
+            "by layer name."
         )
 
 
 def check_clock(every: int, start: int | float, stop: int | float | None) -> None:
     """Refuse impossible times; fractions of total_steps are resolved when the run is known."""
     schedules.check_times(every, start, stop)
+
+
+def check_count(name: str, value: object) -> None:
+    """Refuse anything but a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise OptionError(f"{name}={value!r} must be a whole number of at least 1.")
+
+
+def check_positive(name: str, value: object) -> None:
+    """Refuse anything but a finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise OptionError(f"{name}={value!r} must be a number above 0.")
 
 
 def check_curve(name: str) -> None:

@@ -70,6 +70,13 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield clean[raw], module
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside what torch.compile and data parallelism put around it."""
+    while (attribute := _WRAPPERS.get(type(model).__name__)) is not None:
+        model = getattr(model, attribute)
+    return model
+
+
 def weight_attributes(module: nn.Module) -> list[str]:
     """Return the names of a module's own weight matrices that can be made sparse (never biases or norms)."""
     if isinstance(

@@ -32,9 +32,9 @@ def share(
         layers: the sparse layers, in the model's order.
         sparsity: fraction of zeros over all these layers together. Where a pattern prescribes its own (N:M), sparsities
             below that are stages on the way to it.
-        rule: "uniform", "uniform+", "er", "erk", "global", "lamp", or sparsities by name.
-        scores: gives weight-shaped scores, not negative; asked by "global" and "lamp" only. Weights that are dropped now
-            rank below all that are kept.
+        rule: a name of `rarefy.allocation.RULES`, or sparsities by name.
+        scores: gives weight-shaped scores; asked by "global" and "lamp" only. Weights that are dropped now rank below all
+            that are kept.
 
     Raises AllocationError when a shape-based rule leaves a layer empty; a score-based one may (with a warning).
     """
@@ -47,16 +47,15 @@ def share(
         given = scores()
         ranked = {name: _per_weight(layer, given[name]) for name, layer in layers.items()}
         if rule == "lamp":
+            _check_not_negative(ranked)
             ranked = {name: lamp(values) for name, values in ranked.items()}
-        ranked = {
-            n: r.masked_fill(~layers[n].mask(), -1) if layers[n].nnz < r.numel() else r for n, r in ranked.items()
-        }
+        ranked = {name: _dropped_last(layers[name], values) for name, values in ranked.items()}
         kept = allocation.global_counts(ranked, sparsity)
     else:
         by_name = rule if isinstance(rule, str) else _by_layer(layers, rule)
         kept = allocation.counts({name: layer.shape for name, layer in layers.items()}, sparsity, by_name)
     result = {name: _units(layer, kept[name]) for name, layer in layers.items()}
-    if empty := [name for name, units in result.items() if not units.any()]:
+    if empty := [name for name, units in result.items() if not units.any() and layers[name].nnz]:
         if not is_scored(rule):
             name = empty[0]
             raise AllocationError(
@@ -74,6 +73,38 @@ def is_scored(rule: Rule) -> bool:
     return isinstance(rule, str) and rule in allocation.SCORED
 
 
+def keep_best(layers: Mapping[str, Layer], scores: Mapping[str, Tensor], sparsity: float, rule: Rule) -> None:
+    """Keep in each layer the units of largest score, as many as the rule gives it; a dropped one does not come back.
+
+    Args, errors: as `share`.
+    """
+    for name, counts in without_growth(layers, share(layers, sparsity, rule, lambda: scores)).items():
+        layers[name].rewire(layers[name].best(_dropped_last(layers[name], scores[name]), counts))
+
+
+def without_growth(layers: Mapping[str, Layer], counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Lower the counts to what each layer keeps now; what one layer cannot take, the next that still can gets.
+
+    Only layers of one group trade: the others' counts are prescribed.
+    """
+    missing, result = 0, {}
+    for name, wanted in counts.items():
+        now = layers[name].counts().cpu()
+        result[name] = torch.minimum(wanted, now)
+        missing += int((wanted - result[name]).sum())
+    for name, layer in layers.items():
+        if missing and layer.groups == 1:
+            extra = min(missing, int(layer.counts()) - int(result[name]))
+            result[name] = result[name] + extra
+            missing -= extra
+    return result
+
+
+def staged(rule: Rule, sparsity_at: Callable[[float], float]) -> Rule:
+    """Return the rule of a stage on the way: sparsities by name become what `sparsity_at(final)` says; names stay."""
+    return rule if isinstance(rule, str) else {name: sparsity_at(final) for name, final in rule.items()}
+
+
 def _by_layer(layers: Mapping[str, Layer], rule: Mapping[str, float]) -> dict[str, float]:
     """Turn globs over parameter or module names into one sparsity for each layer; the first glob that fits counts."""
     chosen: dict[str, str] = {}
@@ -89,6 +120,20 @@ def _by_layer(layers: Mapping[str, Layer], rule: Mapping[str, float]) -> dict[st
         ]
         raise SelectionError(f"sparsities by layer name: {'; '.join(problems)}. Layers: {', '.join(layers)}.")
     return {escape(name): rule[glob] for name, glob in chosen.items()}
+
+
+def _dropped_last(layer: Layer, scores: Tensor) -> Tensor:
+    """Rank what is dropped now below all that is kept."""
+    return scores if layer.nnz == layer.numel else scores.masked_fill(~layer.mask().to(scores.device), -math.inf)
+
+
+def _check_not_negative(scores: Mapping[str, Tensor]) -> None:
+    for name, values in scores.items():
+        if bool((values < 0).any()):
+            raise AllocationError(
+                f"{name} {list(values.shape)}: its scores are of both signs, and allocation 'lamp' ranks sizes; use 'global' "
+                "or a rule of shapes."
+            )
 
 
 def _check_fixed(layers: Mapping[str, Layer], rule: Mapping[str, float]) -> None:

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from rarefy.engine import penalties
 from rarefy.engine.compressed import CompressedLayer
-from rarefy.engine.events import Cost, Event
+from rarefy.engine.events import Cost, Event, net
 from rarefy.engine.layer import Change, Layer
 from rarefy.engine.loading import AfterLoad
 from rarefy.engine.masked import MaskedLayer
@@ -104,6 +104,7 @@ class Sparsifier:
             method.choose(self)
             for layer in self.layers.values():
                 layer.share()
+            self.events = net(self.events)
             self._attach()
             with torch.no_grad():
                 method.initialise(self)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,7 +16,7 @@ from rarefy.engine.options import (
     check_pattern,
     check_sparsity,
 )
-from rarefy.engine.sharing import Rule, is_scored, share
+from rarefy.engine.sharing import Rule, is_scored, share, staged, without_growth
 from rarefy.errors import OptionError
 from rarefy.patterns import Pattern
 from rarefy.schedules import Clock, curve
@@ -130,36 +129,16 @@ class Gradual(Method):
 
     def _prune(self, sparse: Sparsifier, progress: float) -> None:
         along = curve(self.curve)
-        rule = self.allocation
-        if isinstance(rule, Mapping):
-            rule = {name: along(progress, min(self.initial, s), s) for name, s in rule.items()}
+        rule = staged(self.allocation, lambda final: along(progress, min(self.initial, final), final))
         prune(sparse, along(progress, self.initial, self.sparsity), rule)
 
 
 def prune(sparse: Sparsifier, sparsity: float, rule: Rule) -> None:
     """Keep in each layer the units of largest |w|, as many as the rule gives it; a dropped weight does not come back."""
-    for name, counts in without_growth(sparse, _plan(sparse, sparsity, rule)).items():
+    for name, counts in without_growth(sparse.layers, _plan(sparse, sparsity, rule)).items():
         layer = sparse.layers[name]
         if not torch.equal(counts, layer.counts().cpu()):
             layer.rewire(layer.largest_magnitudes(counts))
-
-
-def without_growth(sparse: Sparsifier, counts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Lower the counts to what each layer keeps now; what one layer cannot take, the next that still can gets.
-
-    Only layers of one group trade: the others' counts are prescribed.
-    """
-    missing, result = 0, {}
-    for name, wanted in counts.items():
-        now = sparse.layers[name].counts().cpu()
-        result[name] = torch.minimum(wanted, now)
-        missing += int((wanted - result[name]).sum())
-    for name, layer in sparse.layers.items():
-        if missing and layer.groups == 1:
-            extra = min(missing, int(layer.counts()) - int(result[name]))
-            result[name] = result[name] + extra
-            missing -= extra
-    return result
 
 
 def _plan(sparse: Sparsifier, sparsity: float, rule: Rule) -> dict[str, torch.Tensor]:

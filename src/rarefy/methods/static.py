@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,16 +18,18 @@ from rarefy.patterns import Pattern
 
 @dataclass(frozen=True, kw_only=True)
 class Static(Method):
-    """Random pruning before training: draw a mask at given layer densities, then train what is left.
+    """Static random sparsity: draw a mask at given layer densities, then train what is left.
 
-    Liu et al. 2022, "The Unreasonable Effectiveness of Random Pruning" (arXiv 2202.02643). Layer l with N_l weights keeps
-    n_l of them, exactly, chosen uniformly at random; n_l comes from the allocation. The mask never changes.
+    The baseline of sparse training (Evci et al. 2020, arXiv 1911.11134), and how `set`, `rigl` and their kin begin. Layer l
+    with N_l weights keeps n_l of them, exactly, chosen uniformly at random; n_l comes from the allocation. The mask never
+    changes. For the recipe of "The Unreasonable Effectiveness of Random Pruning", with the dense network's initial weights
+    and with layer densities taken from other methods, see `random-pruning`.
 
     Options:
         sparsity: fraction of zeros over the sparse layers, in [0, 1). Default 0.9.
-        allocation: how the layers share it: "erk" (default, as the paper), "er", "uniform", "uniform+" (first layer
-            dense), or sparsities by layer-name glob. "global" and "lamp" rank by |w|, "global" random positions in
-            those layer densities.
+        allocation: how the layers share it: "erk" (default), "er", "erk+" (last layer dense), "uniform", "uniform+" (first
+            layer dense, last at least 0.2 dense), or sparsities by layer-name glob. "global" and "lamp" rank by |w|, and
+            give random positions in the layer densities that come of it.
         pattern: "unstructured" (default), "N:M", "RxC", "channel", "column", "fan-in", "groupG".
         init: "fan-in" (default) multiplies each output unit's weights by sqrt(fan-in / kept fan-in), so that signals
             keep their variance (Evci et al. 2022, arXiv 2010.03533, eq. 2); "dense" leaves the weights as they are:
@@ -36,6 +39,7 @@ class Static(Method):
     """
 
     name: ClassVar[str] = "static"
+    more_rules: ClassVar[Collection[str]] = ()  # names of allocations that a subclass adds
     sparsity: float = 0.9
     allocation: Rule = "erk"
     pattern: str | Pattern = "unstructured"
@@ -44,7 +48,7 @@ class Static(Method):
     def __post_init__(self) -> None:
         check_pattern(self.pattern)
         check_sparsity(self.sparsity, self.pattern)
-        check_allocation(self.allocation)
+        check_allocation(self.allocation, self.more_rules)
         if self.init not in ("fan-in", "dense"):
             raise OptionError(f"init={self.init!r} must be 'fan-in' or 'dense'.")
 

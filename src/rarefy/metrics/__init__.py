@@ -1,14 +1,17 @@
-"""What sparsity costs and gains, counted: sparsity, FLOPs, bytes, overlap of masks, calibration, memory, statistics.
+"""What sparsity costs and gains: sparsity, FLOPs, bytes, overlap of masks, memory, calibration, robustness, statistics.
 
 Nothing here is a measured speed-up: FLOPs and bytes are counts, and only a stopwatch tells the rest.
 """
 
 from __future__ import annotations
 
+from rarefy.metrics.adversarial import Box, adversarial_accuracy, fgsm, pgd, pixel_box
 from rarefy.metrics.calibration import accuracy, ece, nll
 from rarefy.metrics.flops import FlopsReport, LayerFlops, NotCounted, flops
+from rarefy.metrics.gradient_norm import gradient_norm
 from rarefy.metrics.image import luma, psnr
 from rarefy.metrics.memory import PeakMemory
+from rarefy.metrics.out_of_distribution import auroc, ood_auroc
 from rarefy.metrics.overlap import Explored, Overlap, OverlapReport, overlap, overlap_matrix
 from rarefy.metrics.size import ParameterCount, StorageBytes, csr_bytes, parameters, storage_bytes
 from rarefy.metrics.sparsity import Compliance, compliance, layer_sparsity, sparsity
@@ -25,6 +28,7 @@ from rarefy.metrics.training_flops import (
 )
 
 __all__ = [
+    "Box",
     "Compliance",
     "Explored",
     "FlopsReport",
@@ -39,21 +43,28 @@ __all__ = [
     "StorageBytes",
     "TrainingFlops",
     "accuracy",
+    "adversarial_accuracy",
+    "auroc",
     "compliance",
     "csr_bytes",
     "dense_training_flops",
     "ece",
+    "fgsm",
     "flops",
+    "gradient_norm",
     "gradual_training_flops",
     "holm",
     "layer_sparsity",
     "luma",
     "mean",
     "nll",
+    "ood_auroc",
     "overlap",
     "overlap_matrix",
     "paired_t_test",
     "parameters",
+    "pgd",
+    "pixel_box",
     "psnr",
     "rigl_training_flops",
     "sd",

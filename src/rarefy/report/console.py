@@ -37,7 +37,8 @@ def print_leaderboard(console: Console, rows: Sequence[Row], comparison: Compari
     the t-test's p, corrected for the number of methods (Holm), is below 0.05.
     The best accuracy at each sparsity is bold. Columns that do not fit the terminal's width are left out and named.
     """
-    shown = list(_COLUMNS)
+    columns = [*_COLUMNS, *_evaluated(rows)]
+    shown = list(columns)
     cells = {name: [name, *(cell(row) for row in rows)] for name, cell, _ in shown}
     cells["method"] += [_heading(row) for row in rows]
     while len(shown) > 3 and sum(max(map(len, cells[name])) + 2 for name, _, _ in shown) > console.width:
@@ -57,7 +58,7 @@ def print_leaderboard(console: Console, rows: Sequence[Row], comparison: Compari
     console.print(table)
     if any(found and found.clear for row in rows for found in row.against.values()):
         console.print(Text("* p < 0.05 in a t-test paired by seed, corrected for the number of methods", style="dim"))
-    left_out = [name for name, _, _ in _COLUMNS if name not in {name for name, _, _ in shown}]
+    left_out = [name for name, _, _ in columns if name not in {name for name, _, _ in shown}]
     if left_out:
         console.print(Text(f"(left out for the terminal's width: {', '.join(left_out)})", style="dim"))
     if comparison is not None:
@@ -65,6 +66,12 @@ def print_leaderboard(console: Console, rows: Sequence[Row], comparison: Compari
             console.print(Text(f"not counted: {plain(run.name)}: {plain(run.reason or run.status)}", style="red"))
         for warning in comparison.warnings:
             console.print(Text(f"note: {plain(warning)}", style="yellow"))
+
+
+def _evaluated(rows: Sequence[Row]) -> list[tuple[str, Callable[[Row], str], int]]:
+    """One column for each further evaluation (a share, in percent) that any row has."""
+    names = dict.fromkeys(name for row in rows for name in row.evaluations)
+    return [(f"{name} %", lambda row, name=name: points(row.evaluations.get(name)), 1) for name in names]  # type: ignore[misc]
 
 
 def _heading(row: Row) -> str:

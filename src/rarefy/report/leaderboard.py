@@ -56,6 +56,7 @@ class Row:
     accuracy_sd: float | None = None
     loss: float | None = None
     ece: float | None = None
+    evaluations: dict[str, float] = field(default_factory=dict)
     sparsity: float | None = None
     flops: float | None = None
     flops_ratio: float | None = None
@@ -139,6 +140,7 @@ def _row(key: tuple[str, float | None], runs: Sequence[Run], against: dict[str, 
         accuracy_sd=statistics.sd(accuracies),
         loss=_mean(results, lambda result: result.loss),
         ece=_mean(results, lambda result: result.ece),
+        evaluations=_evaluations(results),
         sparsity=_mean(results, lambda result: result.sparsity),
         flops=_mean(results, lambda result: result.flops),
         flops_ratio=_mean(results, lambda result: _ratio(result.flops, result.flops_dense)),
@@ -190,6 +192,12 @@ def _baseline(
 def _mean(results: Iterable[Result], number: Callable[[Result], float | None]) -> float | None:
     values = [value for result in results if (value := number(result)) is not None and math.isfinite(value)]
     return statistics.mean(values) if values else None
+
+
+def _evaluations(results: Sequence[Result]) -> dict[str, float]:
+    names = dict.fromkeys(name for result in results for name in result.evaluations)
+    means = {name: _mean(results, lambda result, name=name: result.evaluations.get(name)) for name in names}  # type: ignore[misc]
+    return {name: value for name, value in means.items() if value is not None}
 
 
 def _storage(results: Sequence[Result]) -> dict[str, float]:

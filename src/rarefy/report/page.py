@@ -212,7 +212,10 @@ def _row(row: Row) -> dict[str, Any]:
 
 
 def _rounded(facts: dict[str, Any]) -> dict[str, Any]:
-    return {key: rounded(value, 9) if isinstance(value, float) else value for key, value in facts.items()}
+    return {
+        key: _rounded(value) if isinstance(value, dict) else rounded(value, 9) if isinstance(value, float) else value
+        for key, value in facts.items()
+    }
 
 
 def _ordered(comparison: Comparison) -> list[str]:

@@ -58,6 +58,7 @@ class Result(BaseModel):
     accuracy: Share | None = None
     loss: float | None = None
     ece: float | None = None
+    evaluations: dict[str, float | None] = Field(default_factory=dict)
     epochs: Whole | None = None
     steps: Whole | None = None
     flops: Amount | None = None

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from rarefy.scores.functions import SCORES, gradient, lamp, magnitude, random, snip
+from rarefy.scores.functions import SCORES, gradient, grasp, lamp, magnitude, random, snip, synflow
 
-__all__ = ["SCORES", "gradient", "lamp", "magnitude", "random", "snip"]
+__all__ = ["SCORES", "gradient", "grasp", "lamp", "magnitude", "random", "snip", "synflow"]

@@ -16,6 +16,8 @@ SCORES: Mapping[str, str] = MappingProxyType(
         "random": "uniform noise: a baseline that knows nothing",
         "gradient": "|g|: weights that the loss would move most",
         "snip": "|w g|: what the loss would lose, to first order, without the weight",
+        "grasp": "w (H g): how much of the gradient's norm would be lost without the weight; signed",
+        "synflow": "|w dR/dw|: the flow through the weight from all inputs to all outputs, without data",
         "lamp": "w^2 over the squares of the weights at least as large: comparable between layers",
     }
 )
@@ -111,9 +113,62 @@ def snip(w: Tensor, g: Tensor) -> Tensor:
         >>> snip(torch.tensor([2.0, -1.0]), torch.tensor([0.5, 3.0]))
         tensor([1., 3.])
     """
-    if w.shape != g.shape:
-        raise OptionError(f"snip: the weight is {list(w.shape)}, its gradient {list(g.shape)}; pass the same layer's")
-    return (_at_least_float32(w.detach()) * g.detach()).abs()
+    return _product("snip", w, g).abs()
+
+
+def grasp(w: Tensor, hg: Tensor) -> Tensor:
+    """Score a weight by what the gradient's norm would lose, to first order, without it: w (H g), signed.
+
+    Removing weight q changes g^T g by -2 w_q (H g)_q + O(w_q^2). Where that product is negative, training would start
+    faster without the weight: the smallest scores go first, and no absolute value is taken.
+
+    Args:
+        w: weight, any shape.
+        hg: the Hessian of the loss times its gradient, in w.
+
+    Returns:
+        Same shape, no gradient, of both signs; dtype as for `snip`.
+
+    Raises:
+        OptionError: w and hg differ in shape.
+
+    Source: Wang, Zhang & Grosse 2020 (GraSP), arXiv 2002.07376, eq. 8; there S = -w (H g), and the largest are removed.
+
+    Example:
+        >>> import torch
+        >>> from rarefy.scores import grasp
+        >>> grasp(torch.tensor([2.0, -1.0]), torch.tensor([0.5, 3.0]))
+        tensor([ 1., -3.])
+    """
+    return _product("grasp", w, hg)
+
+
+def synflow(w: Tensor, r: Tensor) -> Tensor:
+    """Score a weight by the flow through it from all inputs to all outputs: |w dR/dw|.
+
+    R is the sum of the outputs for an input of ones, in the network with every value replaced by its absolute value. So
+    in a chain of linear and ReLU layers without biases a weight's score is the sum, over all paths through it, of the
+    products of |w| along them; the scores of each layer add up to R, and what flows into a unit flows out of it.
+
+    Args:
+        w: weight, any shape, zero where it is pruned (it then scores 0).
+        r: dR/dw, the same shape.
+
+    Returns:
+        Same shape, no gradient, not negative; dtype as for `snip`.
+
+    Raises:
+        OptionError: w and r differ in shape.
+
+    Source: Tanaka, Kunin, Yamins & Ganguli 2020 (SynFlow), arXiv 2006.05467, eq. 5.
+
+    Example:
+        >>> import torch
+        >>> from rarefy.scores import synflow
+        >>> synflow(torch.tensor([-2.0, 0.0]), torch.tensor([0.5, 3.0]))
+        tensor([1., 0.])
+    """
+    return _product("synflow", w, r).abs()
 
 
 def lamp(w: Tensor) -> Tensor:
@@ -145,6 +200,12 @@ def lamp(w: Tensor) -> Tensor:
     share = ranked / at_least.masked_fill(at_least == 0, 1.0)  # zero weights score 0, also where all are zero
     scores = torch.empty_like(share).scatter_(0, order, share)
     return scores.to(_at_least_float32(flat).dtype).reshape(w.shape)
+
+
+def _product(name: str, w: Tensor, g: Tensor) -> Tensor:
+    if w.shape != g.shape:
+        raise OptionError(f"{name}: the weight is {list(w.shape)}, its gradient {list(g.shape)}; pass the same layer's")
+    return _at_least_float32(w.detach()) * g.detach()
 
 
 def _at_least_float32(t: Tensor) -> Tensor:

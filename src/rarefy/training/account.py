@@ -14,7 +14,7 @@ from rarefy import kernels
 from rarefy._files import atomic_write
 from rarefy.engine import Sparsifier
 from rarefy.metrics import FlopsReport, flops, parameters, storage_bytes, training_flops
-from rarefy.training.evaluate import evaluating
+from rarefy.metrics.untouched import evaluating
 
 
 def count(

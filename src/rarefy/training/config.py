@@ -114,6 +114,36 @@ class LrSchedule(Part):
         return 1.0
 
 
+class EvaluateConfig(Part):
+    """What else than accuracy, loss (the NLL) and ECE is measured at the end, on an image set (`result.json`: evaluations).
+
+    ood: foreign images that its confidence should tell from its own: "noise" (uniform pixels), or an image set of the same
+    shape; AUROC of the largest softmax probability. attacks: "fgsm", "pgd"; accuracy when no pixel (0..1) is changed by
+    more than `eps` (default 8/255), in `steps` steps of 2.5 eps / steps from a random start for pgd.
+    """
+
+    ood: list[str] = []
+    attacks: list[Literal["fgsm", "pgd"]] = []
+    eps: Annotated[float, Field(gt=0.0, le=1.0)] = 8 / 255
+    steps: Positive = 10
+
+    @field_validator("ood", "attacks", mode="before")
+    @classmethod
+    def _one_or_many(cls, given: Any) -> Any:
+        return [given] if isinstance(given, str) else given
+
+    @field_validator("ood")
+    @classmethod
+    def _known(cls, names: list[str]) -> list[str]:
+        from rarefy import data
+
+        known = ("noise", *data.available())
+        for name in names:
+            if name not in known:
+                raise ValueError(f"there is no data set {name!r}{nearest(name, known)}; use one of {', '.join(known)}")
+        return names
+
+
 class RunConfig(Part):
     """One training run. Every field has a default, so a run is one YAML file, a few flags, or both.
 
@@ -154,6 +184,7 @@ class RunConfig(Part):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["32", "bf16", "16"] = "32"
     threads: Positive | None = None
+    evaluate: EvaluateConfig = EvaluateConfig()
     eval_every: Whole = 1  # epochs between evaluations; 0: only at the end
     checkpoint_seconds: Annotated[float, Field(ge=0.0)] = 30.0  # least time between checkpoints at ends of epochs
 

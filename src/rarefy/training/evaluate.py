@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rarefy.metrics import ece
-
-
-@contextmanager
-def evaluating(net: nn.Module) -> Iterator[nn.Module]:
-    """Put a network in eval mode for a block, and each of its parts back as it was."""
-    modes = [(module, module.training) for module in net.modules()]
-    net.eval()
-    try:
-        yield net
-    finally:
-        for module, training in modes:
-            module.training = training
+from rarefy.metrics.untouched import evaluating
 
 
 @torch.no_grad()

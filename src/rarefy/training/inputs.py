@@ -31,7 +31,7 @@ class Inputs:
     def __init__(self, config: RunConfig, device: torch.device | str = "cpu") -> None:
         self.config = config
         self._options = models.options(config.model)
-        whole = _cached(config.data, config.data_root)
+        whole = bundle_of(config.data, config.data_root)
         bundle = _first(whole, config.limit_train, config.limit_test)
         held: tuple[Tensor, Tensor] | None = None
         seed = derive(config.seed, "data")
@@ -77,8 +77,9 @@ class Inputs:
             loader.load_state_dict(position)
 
 
-@functools.lru_cache(maxsize=2)
-def _cached(name: str, root: str | None) -> DataBundle:
+@functools.lru_cache(maxsize=4)
+def bundle_of(name: str, root: str | None) -> DataBundle:
+    """Return a data set by its name; the last few stay in memory."""
     return data.demo_data(root) if name == "demo" else data.load(name, root)
 
 

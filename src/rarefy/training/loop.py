@@ -23,6 +23,7 @@ from rarefy.training.config import RunConfig
 from rarefy.training.evaluate import evaluate
 from rarefy.training.folder import Metrics, RunFolder, environment, write_json
 from rarefy.training.inputs import Inputs
+from rarefy.training.robustness import Robustness
 from rarefy.training.seeds import derive
 from rarefy.training.signals import Interrupted, Stop
 from rarefy.training.task import NoProfiler, Report, SparsityCallback, Task, Watch, pl
@@ -98,6 +99,7 @@ class _Run:
         self.method = config.build_method()
         self.device = _device(config.device)
         self.inputs = Inputs(config, self.device)
+        self.robustness = Robustness(config, self.inputs, self.device)
         self.net = self.method.model(self._build, self.inputs.example)
         batches = math.ceil(len(self.inputs.train) / config.accumulate)
         epochs, steps = config.length()
@@ -123,6 +125,7 @@ class _Run:
             metrics.write({"kind": "eval", "step": self.steps, "epoch": self.epochs, "split": "test", **final})
         finally:
             metrics.close()
+        evaluations = self.robustness(self.net)
         self.net.to("cpu")
         account.save_masks(home.masks_file, sparse.masks())
         with torch.random.fork_rng(devices=[]):
@@ -134,6 +137,7 @@ class _Run:
             "dataset": self.inputs.name,
             "dataset_note": self.inputs.note,
             **final,
+            "evaluations": evaluations,
             "epochs": self.epochs,
             "steps": self.steps,
             **counted,

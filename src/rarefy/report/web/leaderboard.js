@@ -28,6 +28,8 @@ const COLUMNS = [
   { key: "seconds", text: "Time", better: down, value: (r) => r.seconds, cell: (r) => duration(r.seconds), tip: "measured, of a whole run" },
   { key: "peak_memory", text: "Peak memory", better: down, value: (r) => r.peak_memory, cell: (r) => si(r.peak_memory, "B"), tip: "measured, of the process" },
 ];
+const EVALUATED = [...new Set(DATA.rows.flatMap((row) => Object.keys(row.evaluations)))]; // what `evaluate` asked for, shares
+COLUMNS.splice(3, 0, ...EVALUATED.map((name) => ({ key: name, text: `${name.replaceAll("_", " ")}, %`, better: up, value: (r) => r.evaluations[name] ?? null, cell: (r) => [points(r.evaluations[name])], tip: "mean over seeds, on the test images" })));
 
 // rows whose value is best among the rows of their sparsity, as far as the digits shown tell; none where all are equal
 function bestRows(column) {

@@ -29,7 +29,7 @@ function drawRuns() {
     host.replaceChildren(
       ...(run.reason ? [el("p", { class: "fail" }, el("b", {}, run.name), ": ", run.reason), el("p", {})] : []),
       el("div", { class: "facts" },
-        el("div", {}, el("h3", {}, "Results"), list([["Folder", run.name], ["Status", run.status], ["Seed", run.seed === null ? null : String(run.seed)], ...(known ? FACTS.map(([name, text]) => [name, text(run.facts)]) : []), ...run.notes.map((note) => ["Note", note])])),
+        el("div", {}, el("h3", {}, "Results"), list([["Folder", run.name], ["Status", run.status], ["Seed", run.seed === null ? null : String(run.seed)], ...(known ? FACTS.map(([name, text]) => [name, text(run.facts)]) : []), ...Object.entries(run.facts.evaluations || {}).map(([name, share]) => [name.replaceAll("_", " "), share === null ? null : percent(share, 2)]), ...run.notes.map((note) => ["Note", note])])),
         el("div", {}, el("h3", {}, "Configuration"), run.config ? el("pre", { tabindex: "0" }, run.config) : el("p", { class: "empty" }, "Not recorded.")),
         el("div", {}, el("h3", {}, "Machine"), Object.keys(run.environment).length ? list(machine) : el("p", { class: "empty" }, "Not recorded."))));
   }
