@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
+from rarefy.engine.taxonomy import Family
 from rarefy.errors import OptionError, nearest
 from rarefy.schedules import Clock
 
@@ -26,6 +27,7 @@ class Method:
     """
 
     name: ClassVar[str]
+    family: ClassVar[Family]  # its place in the taxonomy; every method states its own
     needs_calibration: ClassVar[bool] = False  # looks at data before training
 
     def model(self, build: Callable[[float], nn.Module]) -> nn.Module:

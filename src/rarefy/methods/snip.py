@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from rarefy.engine import Method, Sparsifier
+from rarefy.engine import Family, Method, Sparsifier
 from rarefy.engine.calibration import gradients
 from rarefy.engine.options import check_allocation, check_pattern, check_sparsity
 from rarefy.engine.sharing import Rule, share
@@ -38,6 +38,7 @@ class SNIP(Method):
     """
 
     name: ClassVar[str] = "snip"
+    family: ClassVar[Family] = "before training"
     needs_calibration: ClassVar[bool] = True
     sparsity: float = 0.9
     allocation: Rule = "global"

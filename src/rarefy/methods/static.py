@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from rarefy.engine import Layer, Method, Sparsifier
+from rarefy.engine import Family, Layer, Method, Sparsifier
 from rarefy.engine.options import check_allocation, check_pattern, check_sparsity
 from rarefy.engine.sharing import Rule, share
 from rarefy.errors import OptionError
@@ -36,6 +36,7 @@ class Static(Method):
     """
 
     name: ClassVar[str] = "static"
+    family: ClassVar[Family] = "before training"
     sparsity: float = 0.9
     allocation: Rule = "erk"
     pattern: str | Pattern = "unstructured"
