@@ -189,7 +189,9 @@ def test_a_loss_that_is_nan_is_the_worst() -> None:
     model = mlp()
     found = sensitivity(
         model,
-        lambda m: math.nan if float((m[3].weight == 0).float().mean()) > 0.4 else float(m[0].weight.detach().abs().sum()),
+        lambda m: (
+            math.nan if float((m[3].weight == 0).float().mean()) > 0.4 else float(m[0].weight.detach().abs().sum())
+        ),
         sparsities=[0.5],
     )
     assert found.order()[:2] == ["3.weight", "0.weight"]

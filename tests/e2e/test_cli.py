@@ -59,6 +59,21 @@ def test_help_version_methods_config() -> None:
     assert "torch" in run("config")
 
 
+def test_inspect(tmp_path: Path) -> None:
+    import torch
+
+    weight = torch.randn(32, 64)
+    weight.view(32, 16, 4)[..., 2:] = 0
+    torch.save({"fc.weight": weight, "fc.bias": torch.zeros(32)}, tmp_path / "net.pt")
+    said = run("inspect", str(tmp_path / "net.pt"))
+    assert "fc.weight" in said and "32x64" in said and "50.00%" in said and "column" in said
+    found = json.loads(run("inspect", str(tmp_path / "net.pt"), "--json"))
+    assert (found["sparsity"], found["weights"][0]["zeros"], found["others"]) == (0.5, 1024, 1)
+    (tmp_path / "net.pt").write_bytes((tmp_path / "net.pt").read_bytes()[:700])
+    assert "net.pt" in run("inspect", str(tmp_path / "net.pt"), code=2)
+    assert "No such file" in run("inspect", str(tmp_path / "none.pt"), code=2)
+
+
 def test_train_report_and_refusals(tmp_path: Path) -> None:
     out = tmp_path / "r"
     said = run("train", "--method", "set", "--sparsity", "0.8", "--epochs", "2", "--set", "method_options.every=2",

@@ -13,6 +13,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
 from rarefy.analysis._path_rules import Paths
+from rarefy.analysis._table import aligned
 from rarefy.engine.selection import Target, list_weights
 from rarefy.errors import ModelError, RarefyError
 from rarefy.metrics._masks import Masks, fit
@@ -90,9 +91,7 @@ class Effective:
         ]  # fmt: skip
         rows.append(("all", f"{self.numel:,}", f"{self.kept:,}", f"{self.effective:,}", f"{self.sparsity:.2%}",
                      f"{self.effective_sparsity:.2%}", f"{self.dead:,}"))  # fmt: skip
-        widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-        lines = ["  ".join([r[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(r[1:], widths[1:], strict=True)])
-                 for r in (head, *rows)]  # fmt: skip
+        lines = aligned(head, rows)
         if self.collapsed:
             lines.append(f"collapsed, nothing passes: {', '.join(self.collapsed)}")
         if self.left_out:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rarefy.analysis._table import aligned
 from rarefy.engine.options import check_fraction
 from rarefy.engine.selection import Selector, Target, find_targets
 from rarefy.errors import OptionError, PatternError, SelectionError, nearest
@@ -78,11 +79,8 @@ class Sensitivity:
             [name, f"{self.curves[name].numel:,}", *(f"{point.value:.4g}" for point in self.curves[name].points)]
             for name in self.order()
         ]
-        widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
         lines = [f"as it is: {self.baseline:.4g}; most sensitive first, by sparsity of the one layer or group:"]
-        for row in [head, *rows]:
-            cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
-            lines.append("  ".join(cells).rstrip())
+        lines += aligned(head, rows)
         if self.untouched():
             lines.append(f"nothing was pruned in: {', '.join(self.untouched())}")
         return "\n".join(lines)
@@ -135,7 +133,7 @@ def sensitivity(
 
     >>> net = nn.Linear(2, 2, bias=False)
     >>> net.weight.data = torch.tensor([[1.0, 4.0], [2.0, 3.0]])
-    >>> found = sensitivity(net, lambda m: float(m.weight.sum()), sparsities=[0.5, 0.75])
+    >>> found = sensitivity(net, lambda m: float(m.weight.detach().sum()), sparsities=[0.5, 0.75])
     >>> found.baseline, [point.value for point in found.curves["weight"].points]
     (10.0, [7.0, 4.0])
     """
