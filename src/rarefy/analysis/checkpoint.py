@@ -145,6 +145,18 @@ def inspect_checkpoint(path: str | os.PathLike[str], *, limit: int = LIMIT) -> C
     return Checkpoint(path.name, path.stat().st_size, kind, tuple(weights), others, others_numel, tuple(notes))
 
 
+def read_masks(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read masks that a run has packed into bits; bool, by name. Raises DataError and StateError as `inspect_checkpoint`."""
+    path = Path(path)
+    kind = _kind(path)
+    tensors: Iterator[tuple[str, Tensor]] = iter(())
+    if kind == "safetensors":
+        kind, tensors = _from_safetensors(path, LIMIT, [])
+    if kind != "masks":
+        raise StateError(f"{path.name} holds no masks packed into bits with their shapes")
+    return dict(tensors)
+
+
 def _kind(path: Path) -> str:
     if path.is_dir():
         raise DataError(f"{path} is a folder; give a file in it, such as checkpoint.ckpt or model.safetensors")
