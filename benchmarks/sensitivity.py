@@ -27,8 +27,7 @@ from torch import Tensor, nn
 
 import rarefy
 from rarefy import data, models
-from rarefy.analysis import Sensitivity, effective, path_count, sensitivity
-from rarefy.analysis.sensitivity import Member
+from rarefy.analysis import Member, Sensitivity, effective, path_count, sensitivity
 
 WEIGHTS = (0.5, 0.8, 0.9, 0.95)
 CHANNELS = (0.125, 0.25)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -159,6 +160,60 @@ def test_a_coupled_group_loses_the_same_channels() -> None:
         cut = F.linear(y.flatten(1), net.head.weight.view(3, 6, 4)[:, left].flatten(1), net.head.bias)
     assert found.curves["stage"].points[0].value == pytest.approx(float(cut.sum()), rel=1e-5)
     assert found.curves["stage"].layers == ("stem.weight", "conv.weight", "head.weight")
+
+
+@dataclass(frozen=True)
+class Part:
+    name: str
+    dim: int
+    index: Tensor
+    rows: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Units:
+    name: str
+    units: int
+    members: tuple[Part, ...]
+
+
+def test_a_group_of_a_graph_is_zero_in_every_member() -> None:
+    """Members as a graph of coupled channels gives them: biases and norms, blocks, one range of rows, any order."""
+    torch.manual_seed(2)
+    net = Stage().eval()
+    one = torch.arange(6)[:, None]
+    order = torch.tensor([5, 4, 3, 2, 1, 0])[:, None]
+    group = Units("stem", 6, (
+        Part("stem.weight", 0, one), Part("stem.bias", 0, one), Part("norm.running_mean", 0, one), Part("norm.bias", 0, one),
+        Part("conv.weight", 1, order, (0, 3)), Part("head.weight", 1, torch.arange(24).view(6, 4)),
+    ))  # fmt: skip
+    seen: list[dict[str, Tensor]] = []
+    found = sensitivity(
+        net, lambda m: float(len(seen) + bool(seen.append(snapshot(m)))), sparsities=[0.5], groups=[group, group],
+        pattern="row",
+    )  # fmt: skip
+    assert list(found.curves) == ["stem", "stem (2)"]
+    w = {name: p.detach().double().abs() for name, p in net.named_parameters()}
+    total = w["stem.weight"].flatten(1).sum(1) + w["conv.weight"][:3].sum((0, 2, 3)).flip(0)
+    total = total + w["head.weight"].view(3, 6, 4).sum((0, 2))
+    gone = sorted(total.argsort()[:3].tolist())
+    for name, before in net.state_dict().items():
+        after, expected = seen[1][name], before.clone()
+        for c in gone:
+            if name in ("stem.weight", "stem.bias", "norm.bias"):
+                expected[c] = 0
+            elif name == "conv.weight":
+                expected[:3, 5 - c] = 0
+            elif name == "head.weight":
+                expected[:, 4 * c : 4 * c + 4] = 0
+        assert torch.equal(after, expected), name
+    assert found.curves["stem"].layers == ("stem.weight", "conv.weight", "head.weight")
+    with pytest.raises(PatternError, match="die whole"):
+        sensitivity(net, lambda m: 0.0, groups=[group])
+    with pytest.raises(SelectionError, match=r"no parameter 'stm\.weight'"):
+        sensitivity(net, lambda m: 0.0, groups=[Units("a", 6, (Part("stm.weight", 0, one),))], pattern="row")
+    with pytest.raises(SelectionError, match="no weight that can be sparse"):
+        sensitivity(net, lambda m: 0.0, groups={"b": Units("a", 6, (Part("stem.bias", 0, one),))}, pattern="row")
 
 
 def test_groups_as_plain_lists_are_pruned_together() -> None:

@@ -19,7 +19,8 @@ SPARSITY, STEPS = 0.8, 12
 
 
 def of(*families: str) -> list[str]:
-    return [name for name, cls in METHODS.items() if getattr(cls, "family", None) in families]
+    """Methods of these families that take a network as it is; some build their own."""
+    return [n for n, cls in METHODS.items() if getattr(cls, "family", None) in families and cls.model is Method.model]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -48,11 +49,10 @@ def probe(name: str) -> tuple[rarefy.Sparsifier, list[int], list[dict[str, torch
     """Train a few steps; return the sparsifier, kept weights and masks after every step (and before the first)."""
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    options = {"every": 2} if "every" in METHODS[name].__dataclass_fields__ else {}
-    calibration = [batch(i) for i in range(3)] if METHODS[name].needs_calibration else None
-    sparse = rarefy.sparsify(
-        model, name, sparsity=SPARSITY, optimizer=optimizer, total_steps=STEPS, calibration=calibration, **options
-    )
+    options = {"sparsity": SPARSITY, "every": 2}
+    method = METHODS[name].make(**{k: v for k, v in options.items() if k in METHODS[name].__dataclass_fields__})
+    calibration = [batch(i) for i in range(3)] if method.needs_calibration else None
+    sparse = rarefy.sparsify(model, method, optimizer=optimizer, total_steps=STEPS, calibration=calibration)
     kept, masks = [sparse.nnz], [sparse.masks()]
     for step in range(STEPS):
         backward(model, step)
@@ -77,7 +77,10 @@ def test_before_training_means_masks_that_never_change(name: str) -> None:
 @pytest.mark.parametrize("name", of("sparse to sparse"))
 def test_sparse_to_sparse_is_never_denser_than_asked_and_moves(name: str) -> None:
     sparse, kept, masks = probe(name)
-    assert max(kept) <= (1 - SPARSITY) * sparse.numel * 1.02 + 1
+    rounding = sum(
+        0.5 * layer.groups for layer in sparse.layers.values()
+    )  # so many weights per group are whole numbers
+    assert max(kept) <= (1 - SPARSITY) * sparse.numel + rounding
     assert any(not same(masks[0], later) for later in masks)
 
 
@@ -85,7 +88,8 @@ def test_sparse_to_sparse_is_never_denser_than_asked_and_moves(name: str) -> Non
 def test_dense_to_sparse_begins_dense_and_ends_sparser(name: str) -> None:
     sparse, kept, _ = probe(name)
     assert kept[0] > 0.5 * sparse.numel
-    assert kept[-1] < kept[0]
+    if "sparsity" in METHODS[name].__dataclass_fields__:  # where it emerges, a few steps need not show it
+        assert kept[-1] < kept[0]
 
 
 def test_a_method_from_elsewhere_needs_no_family_to_run() -> None:

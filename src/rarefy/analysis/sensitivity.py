@@ -11,16 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rarefy.analysis._prunings import Groups, plan
 from rarefy.analysis._table import aligned
 from rarefy.engine.options import check_fraction
-from rarefy.engine.selection import Selector, Target, find_targets
-from rarefy.errors import OptionError, PatternError, SelectionError, nearest
-from rarefy.kernels import select_k
+from rarefy.engine.selection import Selector, find_targets
+from rarefy.errors import OptionError, SelectionError
 from rarefy.nn import SparseModule
-from rarefy.patterns import Pattern, Slice, parse_pattern
-
-Member = str | tuple[str, int]
-"""A layer of a coupled group: its name, or (name, dimension) where its units lie along another dimension than 0."""
+from rarefy.patterns import Pattern, parse_pattern
 
 SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95)
 
@@ -91,7 +88,7 @@ def sensitivity(
     evaluate: Callable[[nn.Module], float],
     *,
     sparsities: Sequence[float] = SPARSITIES,
-    groups: Mapping[str, Sequence[Member]] | Sequence[Sequence[Member]] | None = None,
+    groups: Groups | None = None,
     include: Selector | Sequence[Selector] | None = None,
     exclude: Selector | Sequence[Selector] | None = None,
     pattern: str | Pattern = "unstructured",
@@ -114,8 +111,9 @@ def sensitivity(
         model: any module with layers that can be sparse, on any device.
         evaluate: `evaluate(model) -> number`, an accuracy or a loss.
         sparsities: fractions of zeros, in [0, 1).
-        groups: coupled layers: a list of lists of weight or layer names, or these by the group's name. Default: each
-            layer alone.
+        groups: coupled layers: groups by their names, or a list of groups. A group is a list of weight or layer names and
+            (name, dimension) pairs, or an object that says which places belong to each unit (`CoupledGroup`: units that
+            are dropped are then zero in every member, biases and norms too). Default: each layer alone.
         include, exclude: which layers, as in `sparsify`; not with `groups`.
         pattern: "unstructured", "row", "column", "4x1", "2:4", ...; a pattern of one sparsity (2:4) takes that one.
         scores: what a weight matters, weight-shaped, by name; default |w|.
@@ -151,130 +149,18 @@ def sensitivity(
         raise SelectionError(
             f"{', '.join(compressed[:4])}: compressed layers hold no dense weight; call finalize() first."
         )
-    known = {target.name: target for target in targets}
-    members = _members(groups, known)
-    plans = {name: _Plan(name, group, pattern, known, scores) for name, group in members.items()}
+    prunings = plan(model, {target.name: target for target in targets}, groups, pattern, scores)
     with _put_back(model) as put_back:
         baseline = _number(evaluate(model))
         curves = {}
-        for name, plan in plans.items():
+        for name, pruning in prunings.items():
             points = []
             for level in levels:
                 put_back()
-                zeroed, sparsity = plan.prune(level)
+                zeroed, sparsity = pruning.prune(level)
                 points.append(Point(level, sparsity, zeroed, _number(evaluate(model))))
-            curves[name] = Curve(plan.names, plan.numel, tuple(points))
+            curves[name] = Curve(pruning.names, pruning.numel, tuple(points))
     return Sensitivity(baseline, curves, higher_is_better)
-
-
-class _Plan:
-    """How one group is pruned: which units its members share, and their scores, taken from the untouched weights."""
-
-    def __init__(
-        self,
-        name: str,
-        group: Sequence[tuple[Target, int | None]],
-        pattern: Pattern,
-        known: Mapping[str, Target],
-        scores: Mapping[str, Tensor] | None,
-    ) -> None:
-        self.targets = [target for target, _ in group]
-        self.names = tuple(dict.fromkeys(target.name for target in self.targets))
-        self.numel = sum(known[n].parameter.numel() for n in self.names)
-        self.pattern = pattern
-        for target in self.targets:
-            pattern.check(target.shape, target.name)
-        self.scores = {t.name: _score(t, scores) for t in self.targets}
-        self.dims: list[int] | None = None
-        if isinstance(pattern, Slice):
-            self.dims = [pattern.dim if dim is None else dim for _, dim in group]
-            self._total = _shared_scores(name, self.targets, self.dims, self.scores)
-        elif any(dim is not None for _, dim in group):
-            raise PatternError(f"{name}: (name, dimension) is for the patterns 'row' and 'column', not for {pattern}")
-
-    @torch.no_grad()
-    def prune(self, sparsity: float) -> tuple[int, float]:
-        """Zero weights in place; return how many were not zero before, and the members' sparsity now."""
-        before = sum(int(target.parameter.count_nonzero()) for target in self._once())
-        if self.dims is not None:
-            units = self._total.numel()
-            keep = select_k(self._total[None], max(1, math.floor((1 - sparsity) * units + 0.5)))[0]
-            for target, dim in zip(self.targets, self.dims, strict=True):
-                weight = target.parameter
-                along = keep.repeat_interleave(weight.shape[dim] // units).to(weight.device)
-                weight.mul_(along.view([-1 if d == dim else 1 for d in range(weight.dim())]))
-        else:
-            for target in self.targets:
-                count = self.pattern.keep(target.shape, 1 - sparsity)
-                mask = self.pattern.project(self.scores[target.name], count, target.name)
-                target.parameter.masked_fill_(~mask.to(target.parameter.device), 0)
-        after = sum(int(target.parameter.count_nonzero()) for target in self._once())
-        return before - after, 1 - after / self.numel
-
-    def _once(self) -> list[Target]:
-        return list({target.name: target for target in self.targets}.values())
-
-
-def _shared_scores(name: str, targets: Sequence[Target], dims: Sequence[int], scores: Mapping[str, Tensor]) -> Tensor:
-    """Sum the members' scores over everything but the units that they share; float64 [units]."""
-    for target, dim in zip(targets, dims, strict=True):
-        if not 0 <= dim < len(target.shape):
-            raise PatternError(f"{name}: {target.name} {list(target.shape)} has no dimension {dim}")
-    sizes = [target.shape[dim] for target, dim in zip(targets, dims, strict=True)]
-    units = min(sizes)
-    if any(size % units for size in sizes):
-        shapes = ", ".join(f"{t.name} {list(t.shape)} along {d}" for t, d in zip(targets, dims, strict=True))
-        raise PatternError(f"{name}: its layers do not share one number of units: {shapes}. Split the group.")
-    total = torch.zeros(units, dtype=torch.float64)
-    for target, dim in zip(targets, dims, strict=True):
-        lines = scores[target.name].double().movedim(dim, 0).reshape(units, -1)
-        total += lines.sum(1).cpu()
-    return total
-
-
-def _score(target: Target, scores: Mapping[str, Tensor] | None) -> Tensor:
-    weight = target.parameter.detach()
-    if scores is None:
-        return weight.abs()
-    if target.name not in scores:
-        raise SelectionError(f"scores holds nothing for {target.name!r}{nearest(target.name, scores)}")
-    if scores[target.name].shape != weight.shape:
-        raise OptionError(
-            f"the scores of {target.name!r} have shape {list(scores[target.name].shape)}, the weight {list(weight.shape)}"
-        )
-    return scores[target.name].detach()
-
-
-def _members(
-    groups: Mapping[str, Sequence[Member]] | Sequence[Sequence[Member]] | None, known: Mapping[str, Target]
-) -> dict[str, list[tuple[Target, int | None]]]:
-    """Return each group's targets with the dimension of their units, by the group's name."""
-    if groups is None:
-        return {name: [(target, None)] for name, target in known.items()}
-    by_module = {target.module_name: target for target in known.values()}
-    named = groups if isinstance(groups, Mapping) else {_title(group): group for group in groups}
-    if not named or len(named) < len(groups):
-        raise SelectionError("groups is empty, or holds a group twice")
-    found: dict[str, list[tuple[Target, int | None]]] = {}
-    for title, group in named.items():
-        if isinstance(group, str) or not group:
-            raise SelectionError(
-                f"group {title!r} must be a list of layer names, such as ['conv1', 'conv2'], not {group!r}"
-            )
-        found[title] = []
-        for member in group:
-            name, dim = (member, None) if isinstance(member, str) else member
-            target = known.get(name) or by_module.get(name)
-            if target is None:
-                raise SelectionError(f"group {title!r}: {name!r} is no layer that can be sparse{nearest(name, known)}")
-            if (target.name, dim) in [(other.name, d) for other, d in found[title]]:
-                raise SelectionError(f"group {title!r} holds {target.name!r} twice")
-            found[title].append((target, dim))
-    return found
-
-
-def _title(group: Sequence[Member]) -> str:
-    return " + ".join(member if isinstance(member, str) else f"{member[0]}@{member[1]}" for member in group)
 
 
 def _number(value: Any) -> float:
