@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -207,6 +208,58 @@ def test_dense_reference_networks_are_all_effective(name: str) -> None:
         assert found.effective == found.kept
     assert found.left_out == (("position.weight",) if name == "gpt" else ())
     assert found.collapsed == ()
+
+
+def test_what_joins_and_moves_counts_its_paths() -> None:
+    """Each joins two linear layers that read one input of 3 entries; paths and effective weights counted by hand."""
+    cases: list[tuple[Callable[[Tensor, Tensor], Tensor], int, int]] = [
+        (lambda a, b: torch.cat([a, b], -1), 2 * 12, 24),
+        (lambda a, b: torch.hstack([a, b]), 2 * 12, 24),
+        (lambda a, b: torch.stack([a, b]).sum(0), 2 * 12, 24),
+        (lambda a, b: torch.cat([a, torch.ones(1, 4)], -1), 12, 12),  # a constant has no path
+        (lambda a, b: a + 3 - 2 * b, 2 * 12, 24),
+        (lambda a, b: a * torch.tensor([1.0, 0.0, 2.0, 0.0]), 6, 6),
+        (lambda a, b: a * torch.sigmoid(b), 2 * 12, 24),  # a gate: either
+        (lambda a, b: torch.where(a > 0, a, b), 2 * 12, 24),
+        (lambda a, b: torch.maximum(a, b), 2 * 12, 24),
+        (lambda a, b: torch.softmax(a, -1), 4 * 12, 12),
+        (lambda a, b: a.max(-1).values, 12, 12),
+        (lambda a, b: a.mean(-1), 12, 12),
+        (lambda a, b: a[:, :2], 6, 6),
+        (lambda a, b: F.pad(a, (1, 1), value=5.0), 12, 12),
+        (lambda a, b: a.view(2, 2).mT.reshape(1, 4), 12, 12),
+        (lambda a, b: a.view(2, 2) @ b.view(2, 2), 2 * 2 * 12, 24),  # each result hears a row and a column
+        (lambda a, b: F.layer_norm(a, (4,)).clamp(0, 6).exp(), 12, 12),
+        (lambda a, b: 0 * a + b, 12, 12),
+    ]
+
+    class Two(nn.Module):
+        def __init__(self, join: Callable[[Tensor, Tensor], Tensor]) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 4), nn.Linear(3, 4)
+            self.join = join
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.join(self.a(x), self.b(x))
+
+    for number, (join, count, used) in enumerate(cases):
+        assert path_count(Two(join), torch.zeros(1, 3)) == count, number
+        assert effective(Two(join), torch.zeros(1, 3)).effective == used, number
+
+
+def test_a_clone_is_another_tensor_and_an_alias_is_not() -> None:
+    class Copies(nn.Module):
+        def __init__(self, clone: bool) -> None:
+            super().__init__()
+            self.fc, self.clone = nn.Linear(2, 2), clone
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = x.clone() if self.clone else x
+            y += self.fc(x)
+            return x
+
+    assert path_count(Copies(True), torch.zeros(1, 2)) == 2
+    assert path_count(Copies(False), torch.zeros(1, 2)) == 2 + 4
 
 
 def test_a_cut_in_attention_is_found() -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+import rarefy
 from rarefy.errors import DataError
 from rarefy.report import collect, leaderboard, print_leaderboard, write_html
 from rarefy.report.overlap import jaccard, overlaps, read_masks
@@ -140,6 +141,15 @@ def test_routes_and_flops_that_are_unlike_are_named(tmp_path: Path) -> None:
     for seed in range(3):  # one allocation costs twice the other at the same sparsity
         change(folder / f"set-0.9-s{seed}", flops=0.2 * 2 * fake.TOTAL)
     assert any("forward FLOPs are unequal: set 0.2x of dense" in said for said in collect(folder).warnings)
+
+
+def test_sharing_beside_masks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed in range(3):
+        fake.run(tmp_path / f"rigl-0.9-s{seed}", "rigl", 0.9, seed)
+        fake.run(tmp_path / f"hashed-0.9-s{seed}", "gradual", 0.9, seed, method="hashed", label="hashed")
+    known = {**rarefy.methods.available(), "hashed": SimpleNamespace(family="parameter sharing")}
+    monkeypatch.setattr(rarefy.methods, "available", lambda: known)
+    assert any("hashed shares parameters and has no zeros" in said for said in collect(tmp_path).warnings)
 
 
 def test_unlike_things_at_different_sparsities_are_not_mixed_up(tmp_path: Path) -> None:

@@ -78,9 +78,13 @@ class Paths(TorchFunctionMode):
     def active(self, value: Any) -> bool:
         return isinstance(value, Tensor) and id(value) in self._active
 
+    def now(self, value: Any) -> Any:
+        """Return what a tensor stands for now: itself, or what an in-place operation has made of it."""
+        return self._now.get(id(value), value) if isinstance(value, Tensor) else value
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        args, kwargs = tree_map(lambda v: self._now.get(id(v), v) if isinstance(v, Tensor) else v, (args, kwargs))
+        args, kwargs = tree_map(self.now, (args, kwargs))
         given = [leaf for leaf in tree_leaves((args, kwargs)) if self.active(leaf)]
         if not given:
             return func(*args, **kwargs)
@@ -167,7 +171,7 @@ def _softmax(paths: Paths, func: Any, /, x: Tensor, dim: int | None = None, *arg
 
 def _cat(paths: Paths, func: Any, /, tensors: Any, dim: int = 0, **kwargs: Any) -> Any:
     parts = [t if paths.active(t) else torch.zeros_like(t, dtype=_dtype(paths)) for t in tensors]
-    return func(parts, kwargs.get("dim", dim))
+    return func(parts) if _name(func) in ("hstack", "vstack") else func(parts, kwargs.get("dim", dim))
 
 
 def _pad(paths: Paths, func: Any, /, x: Tensor, pad: Any, mode: str = "constant", value: Any = None) -> Any:

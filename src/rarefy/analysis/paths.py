@@ -218,7 +218,7 @@ def _run(model: nn.Module, example: Any, edges: Mapping[str, Tensor], mode: Path
         except Exception as error:
             shapes = [tuple(t.shape) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
             raise ModelError(f"{type(model).__name__} does not run on one sample {shapes}: {error}") from error
-    arrived = [leaf.sum() for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and mode.active(leaf)]
+    arrived = [leaf.sum() for leaf in map(mode.now, tree_leaves(out)) if isinstance(leaf, Tensor) and mode.active(leaf)]
     return torch.stack(arrived).sum() if arrived else torch.zeros((), dtype=dtype)
 
 
