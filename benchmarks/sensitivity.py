@@ -1,6 +1,7 @@
 """Where a published network can be pruned: sensitivity by layer and by coupled group, and what pruning leaves effective.
 
-    RAREFY_DATA=... python benchmarks/sensitivity.py [--net resnet-20-cifar10] [--images 1000] [--json FILE]
+    RAREFY_DATA=... python benchmarks/sensitivity.py [--net resnet-20-cifar10] [--images 1000]
+        [--parts weights channels paths] [--json FILE]
 
 Accuracy on the first test images, without any training after the pruning. Three parts:
 weights   each layer alone, smallest |w| first;
@@ -93,10 +94,24 @@ def left_effective(net: nn.Module, x: Tensor, evaluate: Callable[[nn.Module], fl
     return rows
 
 
+def show_paths(rows: list[dict[str, Any]]) -> None:
+    print(
+        "\n| masks | sparsity | effective sparsity | kept | effective | dead units | paths, log10 of dense | accuracy % |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        share = "none left" if row["log10 share of paths"] is None else f"{row['log10 share of paths']:.1f}"
+        print(
+            f"| {row['method']} | {100 * row['sparsity']:.2f} % | {100 * row['effective sparsity']:.2f} % | {row['kept']:,} | "
+            f"{row['effective']:,} | {row['dead units']} of {row['units']} | {share} | {100 * row['accuracy']:.1f} |"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--net", default="resnet-20-cifar10", choices=[*models.PUBLISHED])
     parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--parts", nargs="+", default=["weights", "channels", "paths"])
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -110,26 +125,20 @@ def main() -> None:
             y
         )
 
-    weights = sensitivity(net, accuracy, sparsities=WEIGHTS)
-    print("\nWeights of one layer")
-    table(weights)
-    result: dict[str, Any] = {"weights": weights.to_dict()}
-    if groups := residual_groups(net):
+    result: dict[str, Any] = {}
+    if "weights" in args.parts:
+        weights = sensitivity(net, accuracy, sparsities=WEIGHTS)
+        print("\nWeights of one layer")
+        table(weights)
+        result["weights"] = weights.to_dict()
+    if "channels" in args.parts and (groups := residual_groups(net)):
         channels = sensitivity(net, accuracy, sparsities=CHANNELS, groups=groups, pattern="row")
         print("\nOutput channels")
         table(channels)
         result["channels"] = channels.to_dict()
-    result["paths"] = rows = left_effective(net, x, accuracy)
-    print(
-        "\n| masks | sparsity | effective sparsity | kept | effective | dead units | paths, log10 of dense | accuracy % |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
-    for row in rows:
-        share = "none left" if row["log10 share of paths"] is None else f"{row['log10 share of paths']:.1f}"
-        print(
-            f"| {row['method']} | {100 * row['sparsity']:.2f} % | {100 * row['effective sparsity']:.2f} % | {row['kept']:,} | "
-            f"{row['effective']:,} | {row['dead units']} of {row['units']} | {share} | {100 * row['accuracy']:.1f} |"
-        )
+    if "paths" in args.parts:
+        result["paths"] = rows = left_effective(net, x, accuracy)
+        show_paths(rows)
     print(f"\n{time.process_time() - start:.0f} s of one thread")
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")

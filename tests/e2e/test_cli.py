@@ -53,7 +53,12 @@ def test_help_version_methods_config() -> None:
     assert all(
         name in table for name in ("dense", "small-dense", "static", "magnitude", "gradual", "snip", "set", "rigl")
     )
+    places = [
+        table.index(f"\n{family} ") for family in ("before training", "sparse to sparse", "dense to sparse", "baseline")
+    ]
+    assert places == sorted(places) and places[1] < table.index("  rigl ") < places[2]
     told = run("methods", "rigl")
+    assert "rarefy.methods.RigL; sparse to sparse" in told
     assert "1911.11134" in told and "drop_fraction" in told and "0.3" in told
     assert "did you mean 'rigl'" in run("methods", "rigel", code=2)
     assert "torch" in run("config")
