@@ -46,15 +46,18 @@ SOFTMAXES = {"softmax", "log_softmax", "softmin"}
 
 
 class Alive(torch.autograd.Function):
-    """1 where anything arrives, going forward and going back: counts of paths never grow, so they never overflow."""
+    """1 where anything arrives, going forward and going back: counts of paths never grow, so they never overflow.
+
+    All that arrives is a sum of ones: 0.5 tells them from what a convolution by FFT or Winograd makes of zeros.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        return (x > 0).to(x.dtype)
+        return (x > 0.5).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return (grads[0] > 0).to(grads[0].dtype)
+        return (grads[0] > 0.5).to(grads[0].dtype)
 
 
 class Paths(TorchFunctionMode):

@@ -145,7 +145,7 @@ def effective(model: nn.Module, example_input: Any, masks: Masks | None = None) 
             left_out.append(name)
             continue
         mask = kept[name]
-        on_path = mask & (gradient > 0) if gradient is not None else torch.zeros_like(mask)
+        on_path = mask & (gradient > 0.5) if gradient is not None else torch.zeros_like(mask)
         units = 1 if isinstance(target.module, nn.Embedding | nn.EmbeddingBag) else 0
         heard = on_path.transpose(0, units).flatten(1).any(1)
         dead = tuple((~heard).nonzero().flatten().tolist())
