@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -13,6 +12,8 @@ from torch.nn import functional as F
 
 import rarefy
 from rarefy.analysis import sensitivity
+from rarefy.coupling import Group, couple
+from rarefy.coupling import Member as Place
 from rarefy.errors import OptionError, PatternError, SelectionError
 from rarefy.patterns import Unstructured
 from tests.engine.common import batch, mlp
@@ -162,37 +163,23 @@ def test_a_coupled_group_loses_the_same_channels() -> None:
     assert found.curves["stage"].layers == ("stem.weight", "conv.weight", "head.weight")
 
 
-@dataclass(frozen=True)
-class Part:
-    name: str
-    dim: int
-    index: Tensor
-    rows: tuple[int, int] | None = None
-
-
-@dataclass(frozen=True)
-class Units:
-    name: str
-    units: int
-    members: tuple[Part, ...]
-
-
 def test_a_group_of_a_graph_is_zero_in_every_member() -> None:
     """Members as a graph of coupled channels gives them: biases and norms, blocks, one range of rows, any order."""
     torch.manual_seed(2)
     net = Stage().eval()
     one = torch.arange(6)[:, None]
     order = torch.tensor([5, 4, 3, 2, 1, 0])[:, None]
-    group = Units("stem", 6, (
-        Part("stem.weight", 0, one), Part("stem.bias", 0, one), Part("norm.running_mean", 0, one), Part("norm.bias", 0, one),
-        Part("conv.weight", 1, order, (0, 3)), Part("head.weight", 1, torch.arange(24).view(6, 4)),
+    group = Group(6, (
+        Place("stem.weight", 0, one), Place("stem.bias", 0, one), Place("norm.running_mean", 0, one),
+        Place("norm.bias", 0, one),
+        Place("conv.weight", 1, order, (0, 3)), Place("head.weight", 1, torch.arange(24).view(6, 4)),
     ))  # fmt: skip
     seen: list[dict[str, Tensor]] = []
     found = sensitivity(
         net, lambda m: float(len(seen) + bool(seen.append(snapshot(m)))), sparsities=[0.5], groups=[group, group],
         pattern="row",
     )  # fmt: skip
-    assert list(found.curves) == ["stem", "stem (2)"]
+    assert list(found.curves) == ["stem.weight", "stem.weight (2)"]
     w = {name: p.detach().double().abs() for name, p in net.named_parameters()}
     total = w["stem.weight"].flatten(1).sum(1) + w["conv.weight"][:3].sum((0, 2, 3)).flip(0)
     total = total + w["head.weight"].view(3, 6, 4).sum((0, 2))
@@ -207,13 +194,31 @@ def test_a_group_of_a_graph_is_zero_in_every_member() -> None:
             elif name == "head.weight":
                 expected[:, 4 * c : 4 * c + 4] = 0
         assert torch.equal(after, expected), name
-    assert found.curves["stem"].layers == ("stem.weight", "conv.weight", "head.weight")
+    assert found.curves["stem.weight"].layers == ("stem.weight", "conv.weight", "head.weight")
     with pytest.raises(PatternError, match="die whole"):
         sensitivity(net, lambda m: 0.0, groups=[group])
     with pytest.raises(SelectionError, match=r"no parameter 'stm\.weight'"):
-        sensitivity(net, lambda m: 0.0, groups=[Units("a", 6, (Part("stm.weight", 0, one),))], pattern="row")
+        sensitivity(net, lambda m: 0.0, groups=[Group(6, (Place("stm.weight", 0, one),))], pattern="row")
     with pytest.raises(SelectionError, match="no weight that can be sparse"):
-        sensitivity(net, lambda m: 0.0, groups={"b": Units("a", 6, (Part("stem.bias", 0, one),))}, pattern="row")
+        sensitivity(net, lambda m: 0.0, groups={"b": Group(6, (Place("stem.bias", 0, one),))}, pattern="row")
+
+
+def test_the_groups_of_a_model_are_taken_as_they_are_found() -> None:
+    """A unit dropped by its group is gone: the network computes the same without what the places hold."""
+    torch.manual_seed(3)
+    net, x = Stage().eval(), torch.randn(5, 2, 2, 2)
+    found = couple(net, x)
+    curves = sensitivity(
+        net, lambda m: float(m(x).detach().sum()), sparsities=[0.5], groups=found, pattern="row"
+    ).curves
+    by_hand = sensitivity(
+        net, lambda m: float(m(x).detach().sum()), sparsities=[0.5], pattern="row",
+        groups={"all": ["stem", "conv", ("conv", 1), ("head.weight", 1)]},
+    )  # fmt: skip
+    assert len(curves) == 1
+    (curve,) = curves.values()
+    assert curve.points[0].value == pytest.approx(by_hand.curves["all"].points[0].value, rel=1e-5)
+    assert curve.points[0].zeroed == by_hand.curves["all"].points[0].zeroed
 
 
 def test_groups_as_plain_lists_are_pruned_together() -> None:

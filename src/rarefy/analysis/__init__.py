@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rarefy.analysis._prunings import CoupledGroup, CoupledMember, Member
+from rarefy.analysis._prunings import Member
 from rarefy.analysis.checkpoint import Checkpoint, inspect_checkpoint
 from rarefy.analysis.churn import MaskHistory, Move, Turn, churn, run_events, run_masks
 from rarefy.analysis.detect import Found, detect
@@ -21,8 +21,6 @@ from rarefy.analysis.sensitivity import Curve, Point, Sensitivity, sensitivity
 
 __all__ = [
     "Checkpoint",
-    "CoupledGroup",
-    "CoupledMember",
     "Curve",
     "Effective",
     "Found",

@@ -5,49 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from rarefy.coupling import Group
 from rarefy.engine.selection import Target
 from rarefy.errors import OptionError, PatternError, SelectionError, nearest
 from rarefy.kernels import select_k
 from rarefy.patterns import Pattern, Slice
 
-
-class CoupledMember(Protocol):
-    """Where a group's units stand in one dimension of one parameter: unit u at the places index[u] along `dim`.
-
-    `index` is int64 [units, block]; `rows` limits it to a range [start, stop) of dimension 0, or is None.
-    """
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def dim(self) -> int: ...
-    @property
-    def index(self) -> Tensor: ...
-    @property
-    def rows(self) -> tuple[int, int] | None: ...
-
-
-class CoupledGroup(Protocol):
-    """Units that live and die together in all members: what a graph of coupled channels consists of."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def units(self) -> int: ...
-    @property
-    def members(self) -> Sequence[CoupledMember]: ...
-
-
 Member = str | tuple[str, int]
 """A layer of a group: its name, or (name, dimension) where its units lie along another dimension than the pattern's."""
 
-Group = Sequence[Member] | CoupledGroup
-Groups = Mapping[str, Group] | Iterable[Group]
+Layers = Sequence[Member] | Group
+Groups = Mapping[str, Layers] | Iterable[Layers]
 
 
 class Pruning:
@@ -164,7 +136,7 @@ def plan(
 
 def _coupled(
     title: str,
-    group: CoupledGroup,
+    group: Group,
     model: nn.Module,
     known: Mapping[str, Target],
     pattern: Pattern,
@@ -221,9 +193,9 @@ def _members(title: str, group: Sequence[Member], known: Mapping[str, Target]) -
     return found
 
 
-def _titled(groups: Sequence[Group]) -> dict[str, Group]:
+def _titled(groups: Sequence[Layers]) -> dict[str, Layers]:
     """Name each group after its members, or as it names itself; a name that comes again gets a number."""
-    named: dict[str, Group] = {}
+    named: dict[str, Layers] = {}
     for group in groups:
         if isinstance(group, str):
             base = group

@@ -112,8 +112,8 @@ def sensitivity(
         evaluate: `evaluate(model) -> number`, an accuracy or a loss.
         sparsities: fractions of zeros, in [0, 1).
         groups: coupled layers: groups by their names, or a list of groups. A group is a list of weight or layer names and
-            (name, dimension) pairs, or an object that says which places belong to each unit (`CoupledGroup`: units that
-            are dropped are then zero in every member, biases and norms too). Default: each layer alone.
+            (name, dimension) pairs, or a group of `rarefy.coupling.couple(model, example)`, whose result may be given as
+            it is: units that are dropped are then zero in every member, biases and norms too. Default: each layer alone.
         include, exclude: which layers, as in `sparsify`; not with `groups`.
         pattern: "unstructured", "row", "column", "4x1", "2:4", ...; a pattern of one sparsity (2:4) takes that one.
         scores: what a weight matters, weight-shaped, by name; default |w|.
