@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from rarefy import methods
+from rarefy.engine import FAMILIES
 from rarefy.errors import RarefyError
 
 FOLDER = Path(__file__).parent / "methods"
@@ -42,7 +43,8 @@ def needs_length(cls: type[methods.Method]) -> bool:
 def pages() -> dict[str, str]:
     """Return file name -> text."""
     result = {}
-    lines = ["# Methods", "", "One page each, made from the docstrings; `rarefy methods NAME` prints the same.", ""]
+    lines = ["# Methods", "", "One page each, made from the docstrings; `rarefy methods NAME` prints the same."]
+    lines.append("What the groups mean, and which comparison is fair: [taxonomy](../taxonomy.md).")
     for name, cls in methods.available().items():
         text = inspect.cleandoc(cls.__doc__ or "")
         first, _, rest = text.partition("\n")
@@ -55,7 +57,12 @@ def pages() -> dict[str, str]:
         use = "" if name == "dense" or builds else f"```python\n{call}\n```\n\n"
         body = options_as_list(rest.strip("\n"))
         result[f"{name}.md"] = f"# {name}\n\n**{first}**\n\n{use}{body}\n"
-        lines.append(f"- [{name}]({name}.md): {first}")
+    for family, members in methods.by_family().items():
+        lines += ["", f"## {family.capitalize()}", "", f"{FAMILIES[family].capitalize()}.", ""]
+        lines += [
+            f"- [{name}]({name}.md): {inspect.cleandoc(cls.__doc__ or '').splitlines()[0]}"
+            for name, cls in members.items()
+        ]
     result["README.md"] = "\n".join(lines) + "\n"
     return result
 

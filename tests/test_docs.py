@@ -47,7 +47,9 @@ def test_links_in_the_docs_lead_somewhere() -> None:
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-def test_the_readmes_python_runs() -> None:
+def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # it writes a file
+    monkeypatch.setenv("RAREFY_CACHE", str(tmp_path))
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     assert blocks
@@ -59,6 +61,7 @@ def test_the_readmes_python_runs() -> None:
         "loader": [batch(i) for i in range(3)],
         "loss_fn": torch.nn.CrossEntropyLoss(),
         "epochs": 1,
+        "example_input": torch.randn(4, 12),
     }
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)

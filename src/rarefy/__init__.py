@@ -24,6 +24,7 @@ __all__ = [
 
 _ROOMS = (
     "allocation",
+    "analysis",
     "coupling",
     "data",
     "deploy",

@@ -53,10 +53,30 @@ def test_help_version_methods_config() -> None:
     assert all(
         name in table for name in ("dense", "small-dense", "static", "magnitude", "gradual", "snip", "set", "rigl")
     )
+    places = [
+        table.index(f"\n{family} ") for family in ("before training", "sparse to sparse", "dense to sparse", "baseline")
+    ]
+    assert places == sorted(places) and places[1] < table.index("  rigl ") < places[2]
     told = run("methods", "rigl")
+    assert "rarefy.methods.RigL; sparse to sparse" in told
     assert "1911.11134" in told and "drop_fraction" in told and "0.3" in told
     assert "did you mean 'rigl'" in run("methods", "rigel", code=2)
     assert "torch" in run("config")
+
+
+def test_inspect(tmp_path: Path) -> None:
+    import torch
+
+    weight = torch.randn(32, 64)
+    weight.view(32, 16, 4)[..., 2:] = 0
+    torch.save({"fc.weight": weight, "fc.bias": torch.zeros(32)}, tmp_path / "net.pt")
+    said = run("inspect", str(tmp_path / "net.pt"))
+    assert "fc.weight" in said and "32x64" in said and "50.00%" in said and "column" in said
+    found = json.loads(run("inspect", str(tmp_path / "net.pt"), "--json"))
+    assert (found["sparsity"], found["weights"][0]["zeros"], found["others"]) == (0.5, 1024, 1)
+    (tmp_path / "net.pt").write_bytes((tmp_path / "net.pt").read_bytes()[:700])
+    assert "net.pt" in run("inspect", str(tmp_path / "net.pt"), code=2)
+    assert "No such file" in run("inspect", str(tmp_path / "none.pt"), code=2)
 
 
 def test_train_report_and_refusals(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import runpy
@@ -11,9 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
+import rarefy
 from rarefy.errors import DataError
-from rarefy.report import collect
+from rarefy.report import collect, leaderboard, print_leaderboard, write_html
 from rarefy.report.overlap import jaccard, overlaps, read_masks
 
 fake = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("fake_runs.py"))))
@@ -42,7 +45,8 @@ def test_a_comparison_is_read_and_broken_runs_are_listed_with_the_reason(tmp_pat
 
 
 def test_a_whole_comparison_has_no_warnings(tmp_path: Path) -> None:
-    comparison = collect(fake.comparison(tmp_path, breakages=False))
+    alike = ("dense", "small-dense", "static", "snip", "set", "rigl")
+    comparison = collect(fake.comparison(tmp_path, alike, breakages=False))
     assert comparison.warnings == ()
     assert comparison.problems == ()
 
@@ -112,8 +116,55 @@ def test_an_unfair_comparison_says_why(tmp_path: Path) -> None:
         fake.run(tmp_path / f"set-0.9-s{seed}", "set", 0.9, seed, epochs=30, sparsity=0.85, parameters=90_000)
     said = " ".join(collect(tmp_path).warnings)
     lacking = ("no finished dense run", "no finished small-dense and no static")
-    for part in (*lacking, "epochs (3, 30)", "85 % was reached", "parameters kept are unequal"):
+    for part in (
+        *lacking,
+        "epochs (3, 30)",
+        "unequal: 3 rigl; 30 set.",
+        "85 % was reached",
+        "parameters kept are unequal",
+    ):
         assert part in said, part
+
+
+def test_routes_and_flops_that_are_unlike_are_named(tmp_path: Path) -> None:
+    folder = fake.comparison(tmp_path / "mixed", sparsities=(0.9,), breakages=False)
+    mixture, training = sorted(collect(folder).warnings, key=len, reverse=True)
+    assert "train a dense network first (gradual, magnitude)" in mixture
+    assert "sparse from the first step (rigl, set, snip, static)" in mixture
+    assert "training FLOPs are unequal: magnitude 0.68x of dense, " in training
+    console = Console(file=io.StringIO(), width=1000)
+    print_leaderboard(console, leaderboard(collect(folder)), collect(folder))
+    page = write_html(folder).read_text(encoding="utf-8")
+    for warning in (mixture, training):
+        assert f"note: {warning}" in console.file.getvalue()  # type: ignore[attr-defined]
+        assert warning in page
+    for seed in range(3):  # one allocation costs twice the other at the same sparsity
+        change(folder / f"set-0.9-s{seed}", flops=0.2 * 2 * fake.TOTAL)
+    assert any("forward FLOPs are unequal: set 0.2x of dense" in said for said in collect(folder).warnings)
+
+
+def test_sharing_beside_masks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed in range(3):
+        fake.run(tmp_path / f"rigl-0.9-s{seed}", "rigl", 0.9, seed)
+        fake.run(tmp_path / f"hashed-0.9-s{seed}", "gradual", 0.9, seed, method="hashed", label="hashed")
+    known = {**rarefy.methods.available(), "hashed": SimpleNamespace(family="parameter sharing")}
+    monkeypatch.setattr(rarefy.methods, "available", lambda: known)
+    assert any("hashed shares parameters and has no zeros" in said for said in collect(tmp_path).warnings)
+
+
+def test_unlike_things_at_different_sparsities_are_not_mixed_up(tmp_path: Path) -> None:
+    for seed in range(3):
+        fake.run(tmp_path / f"rigl-0.9-s{seed}", "rigl", 0.9, seed)
+        fake.run(tmp_path / f"gradual-0.98-s{seed}", "gradual", 0.98, seed)
+    said = " ".join(collect(tmp_path).warnings)
+    assert "mixes" not in said and "FLOPs are unequal" not in said
+
+
+def test_a_method_that_is_not_known_here_has_no_family(tmp_path: Path) -> None:
+    for seed in range(3):
+        fake.run(tmp_path / f"rigl-0.9-s{seed}", "rigl", 0.9, seed)
+        fake.run(tmp_path / f"other-0.9-s{seed}", "gradual", 0.9, seed, method="other", label="other")
+    assert "mixes" not in " ".join(collect(tmp_path).warnings)
 
 
 def test_a_folder_without_runs_is_an_error(tmp_path: Path) -> None:

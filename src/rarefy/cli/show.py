@@ -25,6 +25,7 @@ def methods(
     from rich.text import Text
 
     from rarefy import methods as known
+    from rarefy.engine import FAMILIES
     from rarefy.errors import OptionError, nearest
 
     console = Console()
@@ -34,16 +35,18 @@ def methods(
         table.add_column("method", no_wrap=True)
         table.add_column("what it does")
         table.add_column("options")
-        for method, cls in found.items():
-            first = inspect.getdoc(cls) or ""
-            table.add_row(Text(method, style="bold"), first.splitlines()[0], ", ".join(o.name for o in _options(cls)))
+        for family, members in known.by_family().items():
+            table.add_row(Text(family, style="cyan"), Text(FAMILIES[family], style="dim"))
+            for method, cls in members.items():
+                first = (inspect.getdoc(cls) or "").splitlines()[0]
+                table.add_row(Text(f"  {method}", style="bold"), first, ", ".join(o.name for o in _options(cls)))
         console.print(table)
         console.print(Text("rarefy methods NAME tells all about one of them.", style="dim"))
         return
     if name not in found:
         raise OptionError(f"there is no method {name!r}{nearest(name, found)}; methods: {', '.join(found)}")
     cls = found[name]
-    console.print(Text(f"{name}  (rarefy.methods.{cls.__name__})", style="bold"))
+    console.print(Text(f"{name}  (rarefy.methods.{cls.__name__}; {cls.family})", style="bold"))
     console.print(Text(inspect.getdoc(cls) or "", overflow="fold"), soft_wrap=True)
     if options := _options(cls):
         table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))

@@ -11,13 +11,16 @@ from rarefy.engine.method import Method, check_fraction
 from rarefy.engine.selection import LeftOut, Selector, Target, find_targets
 from rarefy.engine.sparsifier import Loss, Sparsifier
 from rarefy.engine.summary import Row, Summary
+from rarefy.engine.taxonomy import FAMILIES, Family
 
 __all__ = [
+    "FAMILIES",
     "Change",
     "CompressedLayer",
     "Cost",
     "DeadUnits",
     "Event",
+    "Family",
     "Layer",
     "LeftOut",
     "Loss",

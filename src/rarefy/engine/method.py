@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
+from rarefy.engine.taxonomy import Family
 from rarefy.errors import OptionError, nearest
 from rarefy.penalties import Proximal
 from rarefy.schedules import Clock
@@ -28,6 +29,7 @@ class Method:
     """
 
     name: ClassVar[str]
+    family: ClassVar[Family]  # its place in the taxonomy; every method states its own
     needs_calibration: ClassVar[bool] = False  # looks at data before training; a property where options decide it
     keeps_calibration: ClassVar[bool] = False  # and again while it trains
     prunes: ClassVar[bool] = True  # makes zeros: without that it has no sparse layers, and all work is in `model`

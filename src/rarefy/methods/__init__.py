@@ -8,6 +8,7 @@ import pkgutil
 from typing import Any
 
 from rarefy.engine.method import Method
+from rarefy.engine.taxonomy import FAMILIES, Family
 from rarefy.errors import OptionError, nearest
 from rarefy.patterns import parse_pattern
 
@@ -25,12 +26,18 @@ def _find() -> dict[str, type[Method]]:
 _METHODS = _find()
 globals().update({cls.__name__: cls for cls in _METHODS.values()})
 
-__all__ = ["Method", "available", "make", *(cls.__name__ for cls in _METHODS.values())]
+__all__ = ["Method", "available", "by_family", "make", *(cls.__name__ for cls in _METHODS.values())]
 
 
 def available() -> dict[str, type[Method]]:
     """Return every method's class by its name."""
     return dict(_METHODS)
+
+
+def by_family() -> dict[Family, dict[str, type[Method]]]:
+    """Return the methods' classes by family and name, in the taxonomy's order; families without a method are left out."""
+    groups = {family: {n: cls for n, cls in _METHODS.items() if cls.family == family} for family in FAMILIES}
+    return {family: found for family, found in groups.items() if found}
 
 
 def make(name: str, **options: Any) -> Method:

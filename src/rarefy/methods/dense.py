@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from rarefy.engine import Method, Sparsifier, check_fraction, find_targets
+from rarefy.engine import Family, Method, Sparsifier, check_fraction, find_targets
 from rarefy.errors import OptionError
 from rarefy.models.width import small_dense_width
 
@@ -24,6 +24,7 @@ class Dense(Method):
     """
 
     name: ClassVar[str] = "dense"
+    family: ClassVar[Family] = "baseline"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,7 @@ class SmallDense(Method):
     """
 
     name: ClassVar[str] = "small-dense"
+    family: ClassVar[Family] = "baseline"
     sparsity: float = 0.9
 
     def __post_init__(self) -> None:

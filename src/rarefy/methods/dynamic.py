@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from rarefy.engine import Layer, Sparsifier
+from rarefy.engine import Family, Layer, Sparsifier
 from rarefy.engine.options import check_clock, check_decay, check_fraction
 from rarefy.methods.static import Static
 from rarefy.schedules import Clock, decay
@@ -44,6 +44,7 @@ class SET(Static):
     """
 
     name: ClassVar[str] = "set"
+    family: ClassVar[Family] = "sparse to sparse"
     drop_fraction: float = 0.3
     every: int = 100
     start: int | float = 0
@@ -102,6 +103,7 @@ class RigL(SET):
     """
 
     name: ClassVar[str] = "rigl"
+    family: ClassVar[Family] = "sparse to sparse"
 
     def wants_gradient(self, sparse: Sparsifier, step: int) -> bool:
         return sparse.clock.due(step)

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from rarefy.engine import Sparsifier
+from rarefy.engine import Family, Sparsifier
 from rarefy.engine.calibration import gradients, hessian_product, hold, tempered
 from rarefy.engine.options import check_positive
 from rarefy.methods.snip import BeforeTraining, Scorer
@@ -45,6 +45,7 @@ class GraSP(BeforeTraining):
     """
 
     name: ClassVar[str] = "grasp"
+    family: ClassVar[Family] = "before training"
     temperature: float = 200.0
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rarefy.engine import Layer, Method, Sparsifier
+from rarefy.engine import Family, Layer, Method, Sparsifier
 from rarefy.engine.options import check_clock, check_pattern, check_sparsity
 from rarefy.errors import OptionError
 from rarefy.patterns import Pattern
@@ -94,6 +94,7 @@ class ISSP(SoftShrinkage):
     """
 
     name: ClassVar[str] = "issp"
+    family: ClassVar[Family] = "dense to sparse"
     beta: float = 0.95
 
     def __post_init__(self) -> None:
@@ -123,6 +124,7 @@ class ISSR(SoftShrinkage):
     """
 
     name: ClassVar[str] = "iss-r"
+    family: ClassVar[Family] = "dense to sparse"
     delta: float = 1e-5
 
     def __post_init__(self) -> None:
@@ -158,6 +160,7 @@ class GReg(SoftShrinkage):
     """
 
     name: ClassVar[str] = "greg"
+    family: ClassVar[Family] = "dense to sparse"
     growth: float = 1e-4
     ceiling: float = 0.5
     every: int = 20

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rarefy.engine import Layer, Method, Sparsifier
+from rarefy.engine import Family, Layer, Method, Sparsifier
 from rarefy.engine.calibration import mean_gradients
 from rarefy.engine.options import check_allocation, check_clock, check_fraction
 from rarefy.engine.rewinding import rewind, snapshot, start_afresh
@@ -74,6 +74,7 @@ class L1Prescribed(Method):
     """
 
     name: ClassVar[str] = "l1-prescribed"
+    family: ClassVar[Family] = "dense to sparse"
     needs_calibration: ClassVar[bool] = True
     keeps_calibration: ClassVar[bool] = True
     sparsity: float = 0.9

@@ -9,7 +9,7 @@ from typing import ClassVar, NamedTuple
 
 import torch
 
-from rarefy.engine import Method, Sparsifier, check_fraction
+from rarefy.engine import Family, Method, Sparsifier, check_fraction
 from rarefy.engine.options import check_allocation, check_clock, check_pattern, check_sparsity
 from rarefy.engine.rewinding import learning_rates, rewind, snapshot, start_afresh
 from rarefy.engine.sharing import Rule
@@ -72,6 +72,7 @@ class LotteryTicket(Method):
     """
 
     name: ClassVar[str] = "lottery-ticket"
+    family: ClassVar[Family] = "dense to sparse"
     sparsity: float = 0.9
     rounds: int | None = None
     rewind: str = "weights"

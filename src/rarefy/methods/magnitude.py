@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from rarefy.engine import Method, Sparsifier
+from rarefy.engine import Family, Method, Sparsifier
 from rarefy.engine.options import (
     check_allocation,
     check_clock,
@@ -43,6 +43,7 @@ class Magnitude(Method):
     """
 
     name: ClassVar[str] = "magnitude"
+    family: ClassVar[Family] = "after training"
     sparsity: float = 0.9
     allocation: Rule = "global"
     pattern: str | Pattern = "unstructured"
@@ -95,6 +96,7 @@ class Gradual(Method):
     """
 
     name: ClassVar[str] = "gradual"
+    family: ClassVar[Family] = "dense to sparse"
     sparsity: float = 0.9
     initial: float = 0.0
     allocation: Rule = "uniform"

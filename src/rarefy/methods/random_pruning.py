@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rarefy.engine import Layer, Sparsifier, dead_units
+from rarefy.engine import Family, Layer, Sparsifier, dead_units
 from rarefy.engine.sharing import share
 from rarefy.errors import AllocationError, OptionError, nearest
 from rarefy.methods.grasp import GraSP
@@ -56,6 +56,7 @@ class RandomPruning(Static):
     """
 
     name: ClassVar[str] = "random-pruning"
+    family: ClassVar[Family] = "before training"
     more_rules: ClassVar[Mapping[str, type[BeforeTraining]]] = BORROWED
     init: str = "dense"
     draw: str = "exact"

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from rarefy.engine import Method, Sparsifier
+from rarefy.engine import Family, Method, Sparsifier
 from rarefy.engine.calibration import gradients, hold
 from rarefy.engine.options import check_allocation, check_count, check_curve, check_pattern, check_sparsity
 from rarefy.engine.sharing import Rule, keep_best, staged
@@ -78,6 +78,7 @@ class SNIP(BeforeTraining):
     """
 
     name: ClassVar[str] = "snip"
+    family: ClassVar[Family] = "before training"
 
     def scorer(self, sparse: Sparsifier) -> Scorer:
         if self.rounds > 1:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from rarefy.engine import Method, Sparsifier
+from rarefy.engine import Family, Method, Sparsifier
 from rarefy.engine.selection import named_modules
 from rarefy.errors import ModelError, OptionError
 from rarefy.metrics import flops
@@ -73,6 +73,7 @@ class SparseIFT(Method):
     """
 
     name: ClassVar[str] = "sparse-ift"
+    family: ClassVar[Family] = "sparse to sparse"
     kind: str = "wide"
     sparsity: float = 0.9
     masks: str = "rigl"

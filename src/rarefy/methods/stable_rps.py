@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from rarefy.engine import Method, Sparsifier, check_fraction
+from rarefy.engine import Family, Method, Sparsifier, check_fraction
 from rarefy.errors import OptionError
 from rarefy.nn import SharedArray, share_
 from rarefy.nn.share import check_options
@@ -69,6 +69,7 @@ class StableRPS(Method):
     """
 
     name: ClassVar[str] = "stable-rps"
+    family: ClassVar[Family] = "parameter sharing"
     prunes: ClassVar[bool] = False
     sparsity: float = 0.9
     mapping: str = "fold"

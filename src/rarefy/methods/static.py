@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from rarefy.engine import Layer, Method, Sparsifier
+from rarefy.engine import Family, Layer, Method, Sparsifier
 from rarefy.engine.options import check_allocation, check_pattern, check_sparsity
 from rarefy.engine.sharing import Rule, share
 from rarefy.errors import OptionError
@@ -39,6 +39,7 @@ class Static(Method):
     """
 
     name: ClassVar[str] = "static"
+    family: ClassVar[Family] = "before training"
     more_rules: ClassVar[Collection[str]] = ()  # names of allocations that a subclass adds
     sparsity: float = 0.9
     allocation: Rule = "erk"

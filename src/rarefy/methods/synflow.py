@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from rarefy.engine import Sparsifier
+from rarefy.engine import Family, Sparsifier
 from rarefy.engine.synaptic_flow import SynapticFlow
 from rarefy.methods.snip import BeforeTraining, Scorer
 from rarefy.scores import synflow
@@ -47,6 +47,7 @@ class SynFlow(BeforeTraining):
     """
 
     name: ClassVar[str] = "synflow"
+    family: ClassVar[Family] = "before training"
     rounds: int = 100
 
     def scorer(self, sparse: Sparsifier) -> Scorer:

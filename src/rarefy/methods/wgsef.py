@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from rarefy.engine import Layer, Method, Sparsifier
+from rarefy.engine import Family, Layer, Method, Sparsifier
 from rarefy.engine.options import check_allocation, check_clock, check_pattern, check_sparsity
 from rarefy.engine.sharing import Rule, share
 from rarefy.errors import OptionError
@@ -68,6 +68,7 @@ class WGSEF(Method):
     """
 
     name: ClassVar[str] = "wgsef"
+    family: ClassVar[Family] = "dense to sparse"
     sparsity: float = 0.9
     allocation: Rule = "uniform"
     pattern: str | Pattern = "row"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from rarefy.report.records import Run
+from rarefy import methods
+from rarefy.engine.taxonomy import DENSE_IS_TRAINED, Family
+from rarefy.report.records import Result, Run
 
 BASELINES = ("dense", "small-dense", "static")
-DYNAMIC = ("gradual", "set", "rigl")
 FEWEST_SEEDS = 3
+UNEQUAL = 1.1  # FLOPs that differ by more than this factor are named
 
 
 def warnings_for(runs: Sequence[Run], single: bool) -> list[str]:
@@ -20,6 +22,8 @@ def warnings_for(runs: Sequence[Run], single: bool) -> list[str]:
         said += _few_seeds(finished)
         said += _differing(finished)
         said += _budgets(finished)
+        said += _flops(finished)
+        said += _routes(finished)
     said += _missed_sparsity(finished)
     said += _never_changed(finished)
     broken = len(runs) - len(finished)
@@ -54,17 +58,21 @@ def _few_seeds(finished: Sequence[Run]) -> list[str]:
 
 
 def _differing(finished: Sequence[Run]) -> list[str]:
-    results = [run.result for run in finished if run.result is not None]
     said: list[str] = []
-    for what, values, harm in (
-        ("epochs", {result.epochs for result in results}, "the training budgets are unequal"),
-        ("steps", {result.steps for result in results}, "the training budgets are unequal"),
-        ("data sets", {result.dataset for result in results}, "accuracies cannot be compared"),
-        ("data notes", {result.dataset_note for result in results}, "the runs may have seen different data"),
-        ("models", {result.model for result in results}, "the table mixes networks"),
+    for what, field, harm in (
+        ("epochs", "epochs", "the training budgets are unequal"),
+        ("steps", "steps", "the training budgets are unequal"),
+        ("data sets", "dataset", "accuracies cannot be compared"),
+        ("data notes", "dataset_note", "the runs may have seen different data"),
+        ("models", "model", "the table mixes networks"),
     ):
+        values: dict[object, set[str]] = {}
+        for run in finished:
+            if run.result is not None:
+                values.setdefault(getattr(run.result, field), set()).add(run.label or run.name)
         if len(values) > 1 and not (what == "steps" and said):
-            said.append(f"The runs differ in {what} ({_list(values)}): {harm}.")
+            where = f": {_which(values)}" if field in ("epochs", "steps") else ""
+            said.append(f"The runs differ in {what} ({_list(values)}): {harm}{where}.")
     for what in ("cpu", "threads", "torch"):
         found = {str(run.environment[what]) for run in finished if what in run.environment}
         if len(found) > 1:
@@ -97,6 +105,79 @@ def _budgets(finished: Sequence[Run]) -> list[str]:
     return said
 
 
+def _flops(finished: Sequence[Run]) -> list[str]:
+    """At one sparsity, methods may still differ in what they cost: by allocation, dense phases, or longer runs."""
+    said = []
+    for sparsity in sorted({run.sparsity for run in finished if run.sparsity is not None}):
+        here = [run for run in finished if run.sparsity == sparsity]
+        for what, cost, mend in (
+            ("forward FLOPs", _forward, "compare networks of one allocation, or at equal FLOPs"),
+            ("training FLOPs", _training, "give the cheaper ones more steps, or read that column beside the accuracy"),
+        ):
+            sparse = _means([run for run in here if run.method != "small-dense"], cost)
+            # whole units make a narrower net up to a quarter cheaper, as in _budgets
+            cheapest = 0.75 * min(sparse.values(), default=0.0)
+            narrow = _means([run for run in here if run.method == "small-dense"], cost)
+            odd = {label: mean for label, mean in narrow.items() if not cheapest <= mean <= UNEQUAL * cheapest / 0.75}
+            ordered = sorted((mean, label) for label, mean in {**sparse, **odd}.items())
+            if ordered and ordered[-1][0] > UNEQUAL * ordered[0][0]:
+                (least, low), (most, high) = ordered[0], ordered[-1]
+                said.append(
+                    f"At {percent(sparsity)} sparsity the {what} are unequal: {high} {most:.3g}x of dense, "
+                    f"{low} {least:.3g}x; {mend}."
+                )
+    return said
+
+
+def _means(runs: Sequence[Run], cost: Callable[[Result], float | None]) -> dict[str, float]:
+    """Mean cost over the seeds of every label that recorded it."""
+    found: dict[str, list[float]] = {}
+    for run in runs:
+        if run.result is not None and (value := cost(run.result)) is not None:
+            found.setdefault(run.label or run.name, []).append(value)
+    return {label: sum(values) / len(values) for label, values in found.items()}
+
+
+def _forward(result: Result) -> float | None:
+    return result.flops / result.flops_dense if result.flops and result.flops_dense else None
+
+
+def _training(result: Result) -> float | None:
+    whole = result.training_flops_dense
+    return result.training_flops / whole if result.training_flops and whole else None
+
+
+def _routes(finished: Sequence[Run]) -> list[str]:
+    """Name the methods that train a dense network first, where others never do; and those that have no zeros."""
+    said = []
+    for sparsity in sorted({run.sparsity for run in finished if run.sparsity is not None}):
+        groups: dict[Family, dict[str, None]] = {}
+        for run in finished:
+            if run.sparsity == sparsity and (family := family_of(run)) not in (None, "baseline"):
+                groups.setdefault(family, {})[run.label or run.name] = None
+        dense = [label for family in groups if family in DENSE_IS_TRAINED for label in groups[family]]
+        sparse = [label for family in ("before training", "sparse to sparse") for label in groups.get(family, {})]
+        if dense and sparse:
+            said.append(
+                f"At {percent(sparsity)} sparsity the table mixes methods that train a dense network first "
+                f"({_list(dense)}) with methods that are sparse from the first step ({_list(sparse)}): the first pay its "
+                "memory and FLOPs; compare within each of the two groups, or at equal training FLOPs."
+            )
+        shared = list(groups.get("parameter sharing", {}))
+        if shared and dense + sparse:
+            said.append(
+                f"At {percent(sparsity)} sparsity {_list(shared)} shares parameters and has no zeros: it is as small as "
+                "the sparse networks and computes as much as the dense one."
+            )
+    return said
+
+
+def family_of(run: Run) -> Family | None:
+    """Return the family of a run's method; None for a method that is not known here."""
+    cls = methods.available().get(run.method or "")
+    return None if cls is None else cls.family
+
+
 def _missed_sparsity(finished: Sequence[Run]) -> list[str]:
     off = {}
     for run in finished:
@@ -113,11 +194,11 @@ def _missed_sparsity(finished: Sequence[Run]) -> list[str]:
 
 
 def _never_changed(finished: Sequence[Run]) -> list[str]:
-    """A dynamic method whose masks never moved (fewer steps than its update interval) was a static one."""
+    """A method that moves its masks while training, and did not (fewer steps than its interval), was a static one."""
     still = dict.fromkeys(
         name_of(run.key)
         for run in finished
-        if run.method in DYNAMIC and len(run.curves.train_steps)
+        if family_of(run) in ("sparse to sparse", "dense to sparse") and len(run.curves.train_steps)
         if not any(
             step > 0 and (dropped or grown) for rows in run.curves.topology.values() for step, dropped, grown, _ in rows
         )
@@ -134,6 +215,12 @@ def name_of(key: tuple[str, float | None]) -> str:
 def percent(share: float) -> str:
     """Write a share as a percentage with as many digits as it needs, at most three: "90 %", "99.5 %"."""
     return f"{100 * share:.3f}".rstrip("0").rstrip(".") + " %"
+
+
+def _which(values: Mapping[object, set[str]]) -> str:
+    """Write what each value belongs to: "3 rigl; 30 set"."""
+    ordered = sorted(values.items(), key=lambda item: str(item[0]))
+    return "; ".join(f"{'not recorded' if value is None else value} {_list(labels)}" for value, labels in ordered[:4])
 
 
 def _list(values: Iterable[object]) -> str:
