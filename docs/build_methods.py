@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from rarefy import methods
+from rarefy.errors import RarefyError
 
 FOLDER = Path(__file__).parent / "methods"
 
@@ -29,6 +30,15 @@ def options_as_list(text: str) -> str:
     return "\n".join(lines)
 
 
+def needs_length(cls: type[methods.Method]) -> bool:
+    """Whether the method, with its defaults, has to know the length of the run."""
+    try:
+        cls().clock(None)
+    except RarefyError:
+        return True
+    return False
+
+
 def pages() -> dict[str, str]:
     """Return file name -> text."""
     result = {}
@@ -39,6 +49,8 @@ def pages() -> dict[str, str]:
         call = f'rarefy.sparsify(model, "{name}", sparsity=0.9, optimizer=optimizer)'
         if cls.needs_calibration:
             call = call.replace(")", ", calibration=[batch])")
+        if needs_length(cls):
+            call = call.replace(")", ", total_steps=steps)")
         use = "" if name in ("dense", "small-dense") else f"```python\n{call}\n```\n\n"
         body = options_as_list(rest.strip("\n"))
         result[f"{name}.md"] = f"# {name}\n\n**{first}**\n\n{use}{body}\n"

@@ -326,3 +326,23 @@ def test_averaged_model_and_copies_are_plain_models() -> None:
     twin.load_state_dict(mlp(7).state_dict())  # a copy is not bound by the masks
     assert all(p.count_nonzero() == p.numel() for n, p in twin.named_parameters() if n in sparse.layers)
     assert_sparse(sparse, 0.8)
+
+
+def test_another_optimizer_can_be_followed_in_the_place_of_the_first() -> None:
+    model = mlp()
+    first = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    sparse = rarefy.sparsify(model, "static", sparsity=0.8, optimizer=first)
+    second = torch.optim.AdamW(model.parameters(), lr=0.01)
+    sparse.follow(second)
+    for step, optimizer in enumerate([second, first, second]):
+        backward(model, step)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert sparse.step_count == 2, "the first optimizer is still followed"
+    assert_sparse(sparse, 0.8)
+    sparse.finalize()
+    with pytest.raises(rarefy.RarefyError, match="has left its model"):
+        sparse.follow(first)
+    backward(model, 3)
+    second.step()
+    assert sparse.step_count == 2

@@ -203,6 +203,11 @@ class CompressedLayer(Layer):
         return change
 
     @torch.no_grad()
+    def set_weight(self, weight: Tensor) -> None:
+        kept = self._kept()
+        self._sparse.values.copy_(weight.reshape(-1).to(kept.device)[kept])
+
+    @torch.no_grad()
     def scale_outputs(self, factors: Tensor) -> None:
         self._sparse.values.mul_(factors.to(self._sparse.values)[self._sparse.row_indices()])
 

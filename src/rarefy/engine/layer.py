@@ -140,6 +140,10 @@ class Layer(ABC):
         raise OptionError(f"{self.name} {list(self.shape)}: this storage cannot follow channels that change places.")
 
     @abstractmethod
+    def set_weight(self, weight: Tensor) -> None:
+        """Give the kept weights the values of a dense weight (weight-shaped); the others stay zero."""
+
+    @abstractmethod
     def scale_outputs(self, factors: Tensor) -> None:
         """Multiply the weights of each output unit (dimension 0) by a factor; float [shape[0]]."""
 

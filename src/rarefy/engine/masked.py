@@ -165,6 +165,11 @@ class MaskedLayer(Layer):
         self._mask, self._ever, self._loaded = mask, ever, None
 
     @torch.no_grad()
+    def set_weight(self, weight: Tensor) -> None:
+        self.parameter.copy_(weight)
+        self.enforce()
+
+    @torch.no_grad()
     def scale_outputs(self, factors: Tensor) -> None:
         weight = self.parameter
         weight.mul_(factors.to(weight).view(-1, *[1] * (weight.ndim - 1)))

@@ -36,6 +36,13 @@ class Method:
         """Return the method's update times for a run of that many steps (None: not known)."""
         return Clock(total=total_steps)
 
+    def lr_step(self, step: int, total_steps: int) -> tuple[int, int]:
+        """Return which step of how many the learning-rate schedule is at for the run's 0-based optimizer step.
+
+        A method that trains several times in one run begins again; a training loop asks with every step.
+        """
+        return step, total_steps
+
     def check(self, sparse: Sparsifier) -> None:
         """Raise OptionError when the method cannot do this model; changes nothing."""
 

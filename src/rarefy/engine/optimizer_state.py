@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rarefy.errors import OptionError
+
 _WRAPPER_FILE = inspect.getsourcefile(Optimizer)  # where torch's wrapper around `step` lives
 
 
@@ -100,11 +102,46 @@ class Optimizers:
                     else:
                         state[key] = new
 
+    def learning_rates(self) -> list[float]:
+        """Return the learning rate of every parameter group."""
+        return [float(group["lr"]) for o in self.all for group in o.param_groups if "lr" in group]
+
+    @torch.no_grad()
+    def start_afresh(self) -> None:
+        """Bring all state to what it was before the first step; groups and learning rates stay as they are."""
+        for optimizer in self.all:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    if not isinstance(optimizer, torch.optim.Adagrad):
+                        optimizer.state.pop(parameter, None)  # made at the next step
+                        continue
+                    for key, value in optimizer.state[parameter].items():  # made with the optimizer
+                        value.fill_(fresh_value(optimizer, group, key))
+
     def _groups(self, parameter: nn.Parameter) -> Iterator[tuple[Optimizer, dict[str, Any]]]:
         for optimizer in self.all:
             for group in optimizer.param_groups:
                 if any(p is parameter for p in group["params"]):
                     yield optimizer, group
+
+
+def check_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
+    """Return the optimizers as a list; raises OptionError for what cannot be followed."""
+    if optimizer is None:
+        return []
+    optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+    for item in optimizers:
+        if not isinstance(item, Optimizer):
+            raise OptionError(
+                f"optimizer={type(item).__name__} is not a torch.optim.Optimizer. "
+                "Leave it out and call sparse.step() after each of its steps."
+            )
+        if not hasattr(item, "_optimizer_step_post_hooks"):
+            raise OptionError(
+                f"optimizer={type(item).__name__} has no step hooks: its class does not call Optimizer.__init__. Give the "
+                "optimizer that it wraps, or leave it out and call sparse.step() after each of its steps."
+            )
+    return optimizers
 
 
 def inside_another_step(optimizer: Optimizer) -> bool:

@@ -17,7 +17,7 @@ from rarefy.engine.layer import Change, Layer
 from rarefy.engine.loading import AfterLoad
 from rarefy.engine.masked import MaskedLayer
 from rarefy.engine.method import Method
-from rarefy.engine.optimizer_state import Optimizers, inside_another_step
+from rarefy.engine.optimizer_state import Optimizers, check_optimizers, inside_another_step
 from rarefy.engine.selection import LeftOut, Selector, Target, check_fit, find_targets, list_weights
 from rarefy.engine.state import FORMAT, check_plain_parts, plain
 from rarefy.engine.summary import Row, Summary
@@ -76,11 +76,12 @@ class Sparsifier:
         self.events: list[Event] = []
         self.memory: dict[str, Any] = {}
         self.generator = torch.Generator().manual_seed(seed)
-        self._optimizers = Optimizers(_check_optimizers(optimizer))
+        self._optimizers = Optimizers(check_optimizers(optimizer))
         self._dense_gradient_steps = 0
         self._watching = False
         self._reloaded: dict[str, int] = {}
         self._handles: list[RemovableHandle] = []
+        self._following: list[RemovableHandle] = []
         self._attached = False
 
         targets, self.left_out = find_targets(model, include, exclude)
@@ -233,20 +234,29 @@ class Sparsifier:
     # --- attaching and leaving --------------------------------------------------------------------------------------
 
     def _attach(self) -> None:
-        for optimizer in self._optimizers.all:
-            self._handles.append(optimizer.register_step_post_hook(self._after_optimizer_step))
         for layer in self.layers.values():
             layer.attach()
         self._handles.append(self.model.register_load_state_dict_post_hook(AfterLoad(self)))
         self._attached = True
+        self.follow(self._optimizers.all)
+
+    def follow(self, optimizer: Optimizer | Sequence[Optimizer]) -> None:
+        """Follow these optimizers from now on and no others: made after `sparsify`, or anew for another training."""
+        if not self._attached:
+            raise OptionError("This sparsifier has left its model: there is nothing for an optimizer to keep sparse.")
+        self._optimizers.all = Optimizers(check_optimizers(optimizer)).all
+        for handle in self._following:
+            handle.remove()
+        self._following = [o.register_step_post_hook(self._after_optimizer_step) for o in self._optimizers.all]
 
     def detach(self) -> None:
         """Stop managing the model and leave its weights as they are: from now on nothing keeps the zeros."""
         for layer in self.layers.values():
             layer.detach()
-        for handle in self._handles:
+        for handle in self._handles + self._following:
             handle.remove()
         self._handles.clear()
+        self._following.clear()
         self._attached = False
 
     def finalize(self, *, compressed: bool = False) -> nn.Module:
@@ -354,24 +364,6 @@ class Sparsifier:
             )
         for name, layer in self.layers.items():
             layer.check_state(layers[name])
-
-
-def _check_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
-    if optimizer is None:
-        return []
-    optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
-    for item in optimizers:
-        if not isinstance(item, Optimizer):
-            raise OptionError(
-                f"optimizer={type(item).__name__} is not a torch.optim.Optimizer. "
-                "Leave it out and call sparse.step() after each of its steps."
-            )
-        if not hasattr(item, "_optimizer_step_post_hooks"):
-            raise OptionError(
-                f"optimizer={type(item).__name__} has no step hooks: its class does not call Optimizer.__init__. Give the "
-                "optimizer that it wraps, or leave it out and call sparse.step() after each of its steps."
-            )
-    return optimizers
 
 
 def _check_free(targets: Sequence[Target]) -> None:

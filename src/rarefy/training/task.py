@@ -53,6 +53,7 @@ class Task(pl.LightningModule):
         super().__init__()
         self.net = net
         self.config = config
+        self.method = config.build_method()
         self.total_steps = total_steps
         self.loss_sum = torch.zeros((), dtype=torch.float64)
 
@@ -81,9 +82,12 @@ class Task(pl.LightningModule):
             optimizer = given.cls()(self.net.parameters(), **given.options())
         except (TypeError, ValueError) as error:
             raise ConfigError(f"torch.optim.{given.cls().__name__} cannot be built as asked: {error}") from error
-        schedule = self.config.lr_schedule
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule.factor(step, self.total_steps))
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.lr_factor(step))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def lr_factor(self, step: int) -> float:
+        """Return the factor on the learning rate for the 0-based optimizer step, where the method says that it stands."""
+        return self.config.lr_schedule.factor(*self.method.lr_step(step, self.total_steps))
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
         """Drop the gradients."""
@@ -227,7 +231,8 @@ class Watch(pl.Callback):
         _running(module).zero_()
         self._batches = 0
         self._topology()
-        lr = self.config.optimizer.lr * self.config.lr_schedule.factor(self._step - 1, self.total_steps)
+        assert isinstance(module, Task)
+        lr = self.config.optimizer.lr * module.lr_factor(self._step - 1)
         epoch = trainer.current_epoch + 1
         line = {"kind": "train", "step": self._step, "epoch": epoch, "loss": loss, "lr": lr, "seconds": self.seconds()}
         self.metrics.write(line)
