@@ -36,6 +36,7 @@ _ROOMS = (
     "report",
     "schedules",
     "scores",
+    "search",
     "training",
 )
 _LATE = {"accelerate": "deploy", "load": "deploy", "rearrange": "rearrangement", "save": "deploy"}
