@@ -124,6 +124,11 @@ def retrain_until_killed(folder: str, model: nn.Module, sparse: Sparsifier, memb
     marker = Path(folder) / "killed"
     if (member.phase, member.number) == (2, 1) and not marker.exists():
         marker.write_text(str(os.getpid()))
+        written = Path(folder) / "cut" / "phase-2" / "member-0.pt"
+        for _ in range(400):  # the search may still be writing the member before
+            if written.exists():
+                break
+            time.sleep(0.05)
         parent = multiprocessing.parent_process()
         os.kill(os.getpid() if parent is None else parent.pid or 0, signal.SIGKILL)
         time.sleep(60)
@@ -135,3 +140,27 @@ def score(model: nn.Module) -> float:
     x, y = data(77, 200)
     with torch.no_grad():
         return float((model(x).argmax(dim=1) == y).double().mean())
+
+
+def parent(seed: int) -> nn.Sequential:
+    torch.manual_seed(seed % 2**31)
+    return nn.Sequential(
+        nn.Linear(12, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 20), nn.ReLU(), nn.Linear(20, 5)
+    )
+
+
+def train_arm(model: nn.Module, sparse: Sparsifier | None, seed: int) -> dict[str, Any]:
+    """Two epochs, scored after each."""
+    curve = []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+    if sparse is not None:
+        sparse.follow(optimizer)
+    for epoch in range(2):
+        model.train()
+        for step in range(6):
+            x, y = data(seed % 1000 + 6 * epoch + step)
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        curve.append(score(model))
+    return {"score": curve[-1], "curve": curve, "weights": {n: v.clone() for n, v in model.state_dict().items()}}
