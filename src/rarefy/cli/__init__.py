@@ -64,9 +64,9 @@ def _main(
     pass
 
 
-from rarefy.cli import bench, compare, export, show, train  # noqa: E402  (they register their commands on `app`)
+from rarefy.cli import bench, compare, export, search, show, train  # noqa: E402  (they register their commands on `app`)
 
-__all__ = ["app", "bench", "compare", "export", "main", "show", "train"]
+__all__ = ["app", "bench", "compare", "export", "main", "search", "show", "train"]
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import random
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -90,6 +90,7 @@ def run_members(
     seeds: Sequence[int],
     workers: Workers | None = None,
     folder: str | os.PathLike[str] | None = None,
+    same: Mapping[str, Any] | None = None,
 ) -> list[Any]:
     """Return [function(item) for item in items], computed side by side.
 
@@ -103,13 +104,15 @@ def run_members(
         workers: where; see `Workers`.
         folder: keep each result in a file there, whole or not at all, and do not compute again what is there. It
             belongs to one call with these seeds.
+        same: plain values that must be those of the call that wrote the folder; tell here what function and items depend
+            on.
 
     Returns:
         The results in the order of the items: tensors (on the CPU), numbers, strings, lists and dicts of these.
 
     Raises:
         MemberError: a member failed, or its process died. Results that were finished are in the folder.
-        StateError: a file in the folder is damaged, or of another seed.
+        StateError: a file in the folder is damaged, or of another seed or another `same`.
         OptionError: function or items cannot be sent to a worker.
     """
     workers = workers or Workers()
@@ -119,7 +122,7 @@ def run_members(
     results: dict[int, Any] = {}
     if home is not None:
         for i, seed in enumerate(seeds):
-            found = read(home / f"member-{i}.pt", {"seed": seed})
+            found = read(home / f"member-{i}.pt", {**(same or {}), "seed": seed})
             if found is not None:
                 results[i] = found["result"]
     todo = [i for i in range(len(items)) if i not in results]
@@ -127,7 +130,7 @@ def run_members(
     for i, data in run(function, [(i, items[i], seeds[i]) for i in todo], workers) if todo else ():
         results[i] = unpack(data)
         if home is not None:
-            write(home / f"member-{i}.pt", {"seed": seeds[i], "result": results[i]})
+            write(home / f"member-{i}.pt", {**(same or {}), "seed": seeds[i], "result": results[i]})
     return [results[i] for i in range(len(items))]
 
 

@@ -176,6 +176,7 @@ def compare_arms(
     level: float = 0.95,
     workers: Workers | None = None,
     folder: str | os.PathLike[str] | None = None,
+    same: Mapping[str, Any] | None = None,
 ) -> Comparison:
     """Search and train the three arms for every seed, seeds side by side; see `Comparison`.
 
@@ -186,13 +187,13 @@ def compare_arms(
         build, train: functions of a module (or partials), see `Build` and `TrainArm`.
         seeds: at least 5 for a conclusion.
         level: fraction of the parent's final score whose first epoch is noted.
-        workers, folder: as in `run_members`.
+        workers, folder, same: as in `run_members`.
     """
     if len(set(seeds)) != len(seeds) or not seeds:
         raise OptionError(f"seeds={list(seeds)} must be different ones, at least one.")
     search.candidates  # noqa: B018  (refuse a budget that is too small before anything runs)
     job = partial(_arms, search, build, train, level)
-    return Comparison(run_members(job, list(seeds), list(seeds), workers, folder), level)
+    return Comparison(run_members(job, list(seeds), list(seeds), workers, folder, same), level)
 
 
 def _arms(search: RandomSearch, build: Build, train: TrainArm, level: float, seed: int) -> dict[str, Any]:
