@@ -20,7 +20,7 @@ from torch import nn
 from rarefy.engine.batch_norm import recalibrate
 from rarefy.errors import OptionError, StateError
 from rarefy.search import Phase, Workers, branch, sparse_model_soups
-from rarefy.search.soups import average, check_same_masks, greedy, spread
+from rarefy.search.soups import average, barrier, between, check_same_masks, greedy, spread
 from tests.search.trainings import data, net, retrain, retrain_until_killed, same, score
 
 ROOT = Path(__file__).parents[2]
@@ -84,6 +84,17 @@ def test_spread_in_closed_form() -> None:
     assert found == pytest.approx({"distance": math.sqrt(2), "angle": 90.0, "radius": math.sqrt(0.5)})
     equal = spread([{"w": torch.tensor([1.0, 2.0])}] * 2, ["w"])
     assert equal == pytest.approx({"distance": 0.0, "angle": 0.0, "radius": 0.0}, abs=1e-5)
+
+
+def test_the_barrier_of_a_parabola_and_of_a_hill() -> None:
+    a, b = {"w": torch.tensor([-1.0]), "n": torch.tensor(3)}, {"w": torch.tensor([3.0]), "n": torch.tensor(4)}
+    assert barrier(a, b, lambda state: float(state["w"] ** 2)) == pytest.approx(9 - 5)  # at its own end
+    assert barrier(a, b, lambda state: -float((state["w"] - 1) ** 2)) == pytest.approx(4)
+    assert barrier(a, b, lambda state: 2.0) == 0 and barrier(a, a, lambda state: float(state["w"])) == 0
+    assert between(a, b, 0.25)["w"].item() == 0.0 and int(between(a, b, 0.25)["n"]) == 3
+    for bad in (lambda: between(a, b, 1.5), lambda: barrier(a, b, lambda state: 0.0, points=2)):
+        with pytest.raises(OptionError):
+            bad()
 
 
 def test_recalibrated_statistics_are_the_batches_own_moments() -> None:

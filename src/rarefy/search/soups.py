@@ -90,6 +90,37 @@ def with_state(model: nn.Module, state: State) -> nn.Module:
     return other
 
 
+def between(first: State, second: State, share: float) -> dict[str, Tensor]:
+    """Return (1 - share) first + share second, share in [0, 1]; integers are the first's."""
+    if not 0 <= share <= 1:
+        raise OptionError(f"share={share} must lie in [0, 1].")
+    mixed = {}
+    for name, tensor in first.items():
+        if not tensor.is_floating_point():
+            mixed[name] = tensor.clone()
+        else:
+            mixed[name] = ((1 - share) * tensor.double() + share * second[name].double()).to(tensor.dtype)
+    return mixed
+
+
+def barrier(first: State, second: State, error: Callable[[dict[str, Tensor]], float], points: int = 11) -> float:
+    """Return how much worse networks on the line between two are than the two are on average, at the worst of them.
+
+    max over a in [0, 1] of error((1 - a) first + a second) - (error(first) + error(second)) / 2, a on an even grid with both
+    ends. About 0: the two lie in one basin, and their average is worth as much. With copies trained from one w_k on data in
+    different order it tells whether training is stable from step k on. Frankle, Dziugaite, Roy & Carbin 2020
+    (arXiv 1912.05671, linear mode connectivity).
+
+    Args:
+        error: of a state dict, lower = better; recalibrate batch norms there (`engine.batch_norm.recalibrate`).
+        points: of the grid, at least 3.
+    """
+    if points < 3:
+        raise OptionError(f"points={points}: a line needs at least one point between its ends.")
+    errors = [error(between(first, second, i / (points - 1))) for i in range(points)]
+    return max(errors) - (errors[0] + errors[-1]) / 2
+
+
 def spread(states: Sequence[State], names: Sequence[str]) -> dict[str, Any]:
     """Return how far apart members are, over the named tensors taken as one vector each.
 
