@@ -133,7 +133,7 @@ def random(options: argparse.Namespace) -> Any:
         ("keep", "zero weights", "found", "random", "dense", "found - random", "random - dense", "initial loss: best / random",
          "epochs to 95 % of dense: found / random")
     ]  # fmt: skip
-    for keep in (0.5, 0.25, 0.1, 0.05):
+    for keep in options.keep:
         search = RandomSearch(Nodes(keep), InitialLoss(batches), budget=200)
         done = compare_arms(search, job.build, job.train, seeds=seeds, workers=options.workers)
         scores = {arm: list(done.scores(arm).values()) for arm in ("found", "random", "dense")}
@@ -145,6 +145,7 @@ def random(options: argparse.Namespace) -> Any:
              f"{best:.3f} / {control:.3f}", " / ".join(epochs))
         )  # fmt: skip
         results[str(keep)] = done.runs
+        print(rows[-1], flush=True)
     table(*rows)
     return results
 
@@ -320,6 +321,7 @@ def main() -> None:
     parser.add_argument("--backend", default="here")
     parser.add_argument("--count", type=int, default=None, help="members at a time")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.25, 0.1, 0.05], help="random: kept fractions")
     parser.add_argument("--folder", help="resnet: keep finished members here, and go on from them")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.8, 0.9])
     parser.add_argument("--phases", type=int, default=2)
