@@ -37,6 +37,7 @@ _ROOMS = (
     "report",
     "schedules",
     "scores",
+    "search",
     "training",
 )
 _LATE = {"accelerate": "deploy", "load": "deploy", "rearrange": "rearrangement", "save": "deploy"}

@@ -257,6 +257,13 @@ def test_the_default_rounds_prune_no_more_than_a_fifth_at_a_time() -> None:
     assert LotteryTicket(sparsity=0.36).prunings == 2
 
 
+def test_nothing_to_prune_is_training_again_from_the_same_weights() -> None:
+    run = Run(sparsity=0.0, rounds=1, rewind_to=0, total=10).go(5)
+    assert all(mask.all() for mask in run.sparse.masks().values())
+    assert all(torch.equal(value, mlp().state_dict()[name]) for name, value in run.state().items())
+    assert LotteryTicket(sparsity=0.0).prunings == 1
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -64,9 +64,17 @@ def _main(
     pass
 
 
-from rarefy.cli import bench, compare, export, inspect, show, train  # noqa: E402  (they register their commands on `app`)
+from rarefy.cli import (  # noqa: E402  (they register their commands on `app`)
+    bench,
+    compare,
+    export,
+    inspect,
+    search,
+    show,
+    train,
+)
 
-__all__ = ["app", "bench", "compare", "export", "inspect", "main", "show", "train"]
+__all__ = ["app", "bench", "compare", "export", "inspect", "main", "search", "show", "train"]
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import typer
 
 from rarefy.cli import app
 
-_WIDE = 160  # columns: room for the whole leaderboard
+WIDE = 160  # columns: room for the whole leaderboard
 
 
 @app.command()
@@ -79,7 +79,7 @@ def finish(folder: Path, out: Path | None = None) -> None:
 
     console = Console()
     if not console.is_terminal and "COLUMNS" not in os.environ:
-        console = Console(width=_WIDE)  # into a file or a log: nothing has to be left out
+        console = Console(width=WIDE)  # into a file or a log: nothing has to be left out
     comparison = collect(folder)
     rows = leaderboard(comparison)
     console.print()

@@ -176,17 +176,17 @@ class MaskedLayer(Layer):
             self._ever = self._ever.to(mask.device) | mask
         self._mask, self._nnz, self._dead = mask.contiguous(), kept, None
 
-    @torch.no_grad()
-    def set_weight(self, weight: Tensor) -> None:
-        self.parameter.copy_(weight)
-        self.enforce()
-
     def reorder(self, move: Callable[[Tensor], None]) -> None:
         mask, ever = self._mask.clone(), None if self._ever is None else self._ever.clone()
         for tensor in (mask, ever, self._gradient.total):
             if tensor is not None:
                 move(tensor)
         self._mask, self._ever, self._loaded = mask, ever, None
+
+    @torch.no_grad()
+    def set_weight(self, weight: Tensor) -> None:
+        self.parameter.copy_(weight)
+        self.enforce()
 
     @torch.no_grad()
     def scale_outputs(self, factors: Tensor) -> None:

@@ -159,18 +159,19 @@ class LotteryTicket(Method):
     def initialise(self, sparse: Sparsifier) -> None:
         if self.ticket == "reinit":
             sparse.memory["initial"] = {name: layer.weight().clone() for name, layer in sparse.layers.items()}
-        self.remember(sparse, 0)
+        if self._plan(sparse).start == 0:
+            self.remember(sparse)
 
-    def remember(self, sparse: Sparsifier, done: int) -> None:
-        """Take a copy of the network if this is the step that is rewound to."""
-        if self.rewind == "weights" and done == self._plan(sparse).start:
+    def remember(self, sparse: Sparsifier) -> None:
+        """Take a copy of the network, to rewind to."""
+        if self.rewind == "weights":
             sparse.memory["rewound"] = snapshot(sparse)
 
     def after_step(self, sparse: Sparsifier, step: int) -> None:
         plan = self._plan(sparse)
         round, done = plan.where(step - 1)
-        if round == 0:
-            self.remember(sparse, done + 1)
+        if round == 0 and done + 1 == plan.start:
+            self.remember(sparse)
         if done == plan.start and self.rewind != "none":
             self._compare_rates(sparse, round)
         if done + 1 == plan.length and round < plan.rounds:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from rarefy.schedules.clock import Clock, Time, check_times
 from rarefy.schedules.curves import CURVES, DECAYS, Curve, Decay, curve, decay
+from rarefy.schedules.retraining import RETRAININGS, retraining
 
 __all__ = [
     "CURVES",
     "DECAYS",
+    "RETRAININGS",
     "Clock",
     "Curve",
     "Decay",
@@ -15,4 +17,5 @@ __all__ = [
     "check_times",
     "curve",
     "decay",
+    "retraining",
 ]

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Literal
-
-Stream = Literal["init", "data", "mask", "torch", "attack"]
 
 
-def derive(seed: int, stream: Stream) -> int:
+def derive(seed: int, stream: str) -> int:
     """Return the seed of one stream, in [0, 2**63).
 
     init: the weights; data: order, split and augmentation; mask: the sparsifier; torch: dropout and the rest; attack: where
-    attacks start. Runs with the same `seed` get the same weights and the same batches whatever their method does with random
-    numbers.
+    attacks start. Searches name streams of their own, such as "phase 2/member 0". Runs with the same `seed` get the same
+    weights and the same batches whatever their method does with random numbers.
     """
     digest = hashlib.sha256(f"rarefy/{seed}/{stream}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1

@@ -1,0 +1,84 @@
+"""A configuration as the trainings of a search."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import pytest
+import torch
+
+from rarefy.errors import ConfigError
+from rarefy.search import Member, Training, hold
+from rarefy.search.recipe import Recipe
+from rarefy.training.config import RunConfig
+
+SMALL: dict[str, Any] = {
+    "data": "digits", "limit_train": 250, "limit_test": 50, "epochs": 2, "batch_size": 60, "device": "cpu",
+    "optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.0}, "lr_schedule": "cosine",
+}  # fmt: skip
+
+
+def recipe(**keys: Any) -> Recipe:
+    return pickle.loads(pickle.dumps(Recipe(RunConfig.model_validate({**SMALL, **keys}))))
+
+
+def equal(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    return all(torch.equal(v, b.state_dict()[n]) for n, v in a.state_dict().items())
+
+
+@pytest.mark.parametrize("at", [1, 4, 5, 7, 9])
+def test_a_training_in_two_parts_is_the_training(at: int) -> None:
+    """Without momentum the optimizer remembers nothing: data and learning rate alone must go on where they were."""
+    job = recipe()
+    assert job.steps == 10 and len(job.rates()) == 10 and job.rates()[0] == 0.05
+    whole, parts = job.build(3), job.build(3)
+    job.fit(whole, None, 7, job.rates())
+    job.fit(parts, None, 7, job.rates(), 0, at)
+    job.fit(parts, None, 7, job.rates(), at)
+    assert equal(whole, parts)
+    other = job.build(3)
+    job.fit(other, None, 8, job.rates())
+    assert not equal(whole, other)
+
+
+def test_rounds_and_members_get_their_own_rates() -> None:
+    job = recipe()
+    used: list[float] = []
+
+    class Watched(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            used.append(self.param_groups[0]["lr"])
+
+    def watch(call: Any) -> list[float]:
+        used.clear()
+        model = job.build(0)
+        sparse = hold(model, {"fc1.weight": torch.rand(model.fc1.weight.shape) < 0.5})  # type: ignore[union-attr]
+        before = torch.optim.SGD
+        try:
+            torch.optim.SGD = Watched  # type: ignore[misc]
+            call(model, sparse)
+        finally:
+            torch.optim.SGD = before  # type: ignore[misc]
+        return list(used)
+
+    rates = job.rates()
+    rewound = Training(1, 3, 0.5, 4, None, "weights", 0)
+    assert watch(lambda m, s: job.train_round(m, s, rewound)) == rates[4:]
+    tuned = Training(1, 3, 0.5, 0, None, "none", 0)
+    assert watch(lambda m, s: job.train_round(m, s, tuned)) == [rates[-1]] * 10
+    member = Member(1, 0, 0.5, 3, {"schedule": "lrw", "steps": 4, "weight_decay": 0.1})
+    assert watch(lambda m, s: job.retrain(m, s, member)) == rates[-4:]
+    with pytest.raises(ConfigError, match="cannot be built as asked"):
+        watch(lambda m, s: job.retrain(m, s, Member(1, 0, 0.5, 3, {"decay": 1})))
+
+
+def test_calibration_is_a_fifth_of_the_training_batches_in_order() -> None:
+    job = recipe(validation=0.2)
+    found, bundle = job.calibration(), job.inputs().bundle
+    assert len(found) == 1 and len(found[0]) == 60 and len(bundle.train_x) == 200
+    x, y = job.search_set(60)
+    assert torch.equal(x, found[0]) and torch.equal(y, bundle.train_y[:60])
+    assert 0 <= job.validate(job.build(0)) <= 1
+    with pytest.raises(ConfigError, match="nothing is held out"):
+        recipe().validate(job.build(0))
