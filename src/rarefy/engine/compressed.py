@@ -98,10 +98,13 @@ class CompressedLayer(Layer):
         flat[self._kept()] = self._values()
         return flat.view(self.shape)
 
-    def counts(self, chosen: Tensor | None = None) -> Tensor:
-        if self.groups == 1:
-            return torch.tensor([self.nnz if chosen is None else chosen.numel()])
-        kept = self._kept() if chosen is None else chosen
+    def values(self) -> Tensor:
+        return self._values().clone()
+
+    def counts(self, *chosen: Tensor) -> Tensor:
+        if self.groups == 1 and not chosen:
+            return torch.tensor([self.nnz])
+        kept = union(*chosen) if chosen else self._kept()
         return torch.bincount(kept // self.units_per_group, minlength=self.groups)
 
     def kept_per_output(self) -> Tensor:
@@ -115,6 +118,9 @@ class CompressedLayer(Layer):
     def best(self, scores: Tensor, counts: Tensor) -> Tensor:
         return self._select(self.pattern.pool(scores), counts).reshape(-1).nonzero().squeeze(1)
 
+    def kept(self, where: Tensor | None = None) -> Tensor:
+        return self._kept() if where is None else self._kept()[where]
+
     def largest_magnitudes(self, counts: Tensor | int) -> Tensor:
         kept, scores = self._kept(), self._values().abs()
         if isinstance(counts, int) or self.groups == 1:
@@ -126,15 +132,23 @@ class CompressedLayer(Layer):
         table[group, slot] = scores
         return kept[self._select(table, counts)[group, slot]]
 
-    def largest_gradients(self, counts: Tensor, *, besides: Tensor) -> Tensor:
-        if not self._gradient.parts and not active():
-            raise RarefyError(f"{self.name} {list(self.shape)}: no dense gradient was collected for this step.")
+    def largest_gradients(self, counts: Tensor | int, *, besides: Tensor | None = None) -> Tensor:
+        module = self._seen()
+        besides = self._kept()[:0] if besides is None else besides
         try:
-            if self.groups == 1:
-                return self._gradient.largest(self._sparse, int(counts), besides)
-            return self._gradient.largest_in_rows(self._sparse, counts, besides)
+            if isinstance(counts, int) or self.groups == 1:
+                return self._gradient.largest(module, int(counts), besides)
+            return self._gradient.largest_in_rows(module, counts, besides)
         except OptionError as error:
             raise self._diverged(error) from error
+
+    def mean_gradient(self) -> float:
+        return float(self._gradient.at(self._seen(), self._kept()).abs().mean(dtype=torch.float64))
+
+    def _seen(self) -> SparseModule:
+        if not self._gradient.parts and not active():
+            raise RarefyError(f"{self.name} {list(self.shape)}: no dense gradient was collected for this step.")
+        return self._sparse
 
     def random(self, counts: Tensor, generator: torch.Generator, *, besides: Tensor | None = None) -> Tensor:
         device = self.target.parameter.device
@@ -203,6 +217,10 @@ class CompressedLayer(Layer):
         return change
 
     @torch.no_grad()
+    def write(self, values: Tensor) -> None:
+        self._sparse.values.copy_(values)
+
+    @torch.no_grad()
     def scale_outputs(self, factors: Tensor) -> None:
         self._sparse.values.mul_(factors.to(self._sparse.values)[self._sparse.row_indices()])
 
@@ -260,8 +278,8 @@ class CompressedLayer(Layer):
         if parameter is self._sparse.values:
             self._gradient.commit(self._sparse.values)
 
-    def watch_gradient(self, wanted: bool) -> None:
-        self._gradient.watch(self._sparse if wanted else None)
+    def watch_gradient(self, wanted: bool, carry: float | None = 0.0) -> None:
+        self._gradient.watch(self._sparse if wanted else None, carry)
 
     @property
     def has_gradient(self) -> bool:
@@ -289,6 +307,7 @@ class CompressedLayer(Layer):
             "crow": crow,
             "col": col,
             "explored": None if self._ever is None else self._ever.cpu(),
+            "gradient": self._gradient.state(),
         }
 
     def _flat_shape(self) -> tuple[int, int]:
@@ -297,7 +316,10 @@ class CompressedLayer(Layer):
     def check_state(self, state: object) -> None:
         if isinstance(state, dict) and "mask" in state:
             raise StateError(f'{self.name}: the state was saved with storage="masked"; this one is compressed.')
-        if not isinstance(state, dict) or not {"shape", "pattern", "crow", "col", "explored"} <= state.keys():
+        if (
+            not isinstance(state, dict)
+            or not {"shape", "pattern", "crow", "col", "explored", "gradient"} <= state.keys()
+        ):
             raise StateError(f"{self.name}: the saved state of this layer is incomplete.")
         for key, mine in (("shape", list(self.shape)), ("pattern", str(self.pattern))):
             if state[key] != mine:
@@ -309,6 +331,8 @@ class CompressedLayer(Layer):
             raise StateError(f"{self.name} {list(self.shape)}: the saved indices are damaged: {wrong}.")
         if ever is not None and not self._are_positions(ever):
             raise StateError(f"{self.name} {list(self.shape)}: the saved explored is not a list of its positions.")
+        if not self._gradient.fits(state["gradient"], *self._flat_shape()):
+            raise StateError(f"{self.name} {list(self.shape)}: the saved gradient is not one of this weight.")
 
     def _are_positions(self, ever: Any) -> bool:
         if not isinstance(ever, Tensor) or ever.dtype != torch.int64 or ever.dim() != 1 or not ever.numel():
@@ -326,3 +350,4 @@ class CompressedLayer(Layer):
             self._fit_optimizers()
         ever = state["explored"]
         self._ever = None if ever is None else ever.to(device)
+        self._gradient.load_state(state["gradient"], self.target.parameter)

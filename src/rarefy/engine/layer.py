@@ -40,6 +40,9 @@ class Layer(ABC):
         self.shape = target.shape
         self.numel = math.prod(self.shape)
         self.groups, self.units_per_group = pattern.units(self.shape)
+        self.further_gradients = (
+            0  # weights besides the kept ones whose gradient was computed since the engine last asked
+        )
 
     @classmethod
     @abstractmethod
@@ -88,18 +91,35 @@ class Layer(ABC):
         """Return the weight as a dense tensor, detached, zero where it is not kept. Not for writing."""
 
     @abstractmethod
-    def counts(self, chosen: Tensor | None = None) -> Tensor:
-        """Return how many units each group keeps, or has among the chosen ones; int64 [groups]."""
+    def values(self) -> Tensor:
+        """Return a copy of the kept weights, in the order of their places in the flattened weight; [nnz]."""
+
+    @property
+    def learning_rate(self) -> float:
+        """What the optimizer multiplies this weight's update by now; 0 where no optimizer holds it."""
+        return self._optimizers.learning_rate(self.target.parameter)
+
+    @abstractmethod
+    def counts(self, *chosen: Tensor) -> Tensor:
+        """Return how many units each group keeps, or has among all that are chosen; int64 [groups]."""
 
     @abstractmethod
     def kept_per_output(self) -> Tensor:
         """Return how many weights each output unit (dimension 0) keeps; int64 [shape[0]]."""
 
     @abstractmethod
+    def mean_gradient(self) -> float:
+        """Return the mean |dense gradient| of the kept weights; as `largest_gradients`, of what was collected."""
+
+    @abstractmethod
     def explored(self) -> int:
         """Return how many weights have been kept at any time so far."""
 
     # --- choosing units (opaque results) ----------------------------------------------------------------------------
+
+    @abstractmethod
+    def kept(self, where: Tensor | None = None) -> Tensor:
+        """Choose the kept units: all, or those with a weight where `where` (bool [nnz], in the order of `values`) is True."""
 
     @abstractmethod
     def best(self, scores: Tensor, counts: Tensor) -> Tensor:
@@ -114,8 +134,10 @@ class Layer(ABC):
         """Choose units uniformly at random, none of them in `besides`."""
 
     @abstractmethod
-    def largest_gradients(self, counts: Tensor, *, besides: Tensor) -> Tensor:
-        """Choose the units with the largest sum of |dense gradient|, none of them in `besides`.
+    def largest_gradients(self, counts: Tensor | int, *, besides: Tensor | None = None) -> Tensor:
+        """Choose the units with the largest sum of |dense gradient|: so many in each group, or (int) in all.
+
+        None of them is in `besides`.
 
         The method must have asked for this step's dense gradient (`Method.wants_gradient`).
         """
@@ -133,6 +155,10 @@ class Layer(ABC):
     @abstractmethod
     def keep(self, mask: Tensor) -> Change:
         """Keep exactly the weights where `mask` (bool, weight-shaped) is True; like `rewire` with a whole mask."""
+
+    @abstractmethod
+    def write(self, values: Tensor) -> None:
+        """Set the kept weights, in the order of `values`."""
 
     @abstractmethod
     def scale_outputs(self, factors: Tensor) -> None:
@@ -169,8 +195,11 @@ class Layer(ABC):
         """Enforce, and close the sum of gradients: what comes after this optimizer's step is not part of it."""
 
     @abstractmethod
-    def watch_gradient(self, wanted: bool) -> None:
-        """Collect the dense gradient of the coming step, or forget what was collected."""
+    def watch_gradient(self, wanted: bool, carry: float | None = 0.0) -> None:
+        """Collect the dense gradient of the coming step, or forget what was collected.
+
+        What earlier steps collected goes in `carry` times. None: the step that is under way begins anew.
+        """
 
     @property
     @abstractmethod

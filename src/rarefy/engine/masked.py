@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from rarefy.engine.distributed import active, average, from_first_rank, on_any_r
 from rarefy.engine.layer import Change, Layer
 from rarefy.engine.loading import AfterLoad
 from rarefy.engine.optimizer_state import Optimizers
+from rarefy.engine.passes import GradientSum
 from rarefy.engine.selection import Target
 from rarefy.errors import OptionError, RarefyError, SelectionError, StateError
 from rarefy.kernels.sampling import sample
@@ -45,7 +45,7 @@ class MaskedLayer(Layer):
         self._on_load = on_load
         self._attached = False
         self._handles: list[RemovableHandle] = []
-        self._gradient = _GradientSum()
+        self._gradient = GradientSum()
         # What load_state_dict brought, until the next step, and the weight's version once it was masked.
         self._loaded: tuple[Tensor, int] | None = None
 
@@ -75,8 +75,11 @@ class MaskedLayer(Layer):
         weight = self.parameter.detach()
         return weight if self._attached or self._nnz == self.numel else weight.masked_fill(~self._here(), 0)
 
-    def counts(self, chosen: Tensor | None = None) -> Tensor:
-        return (self._kept_units() if chosen is None else chosen).sum(dim=1)
+    def values(self) -> Tensor:
+        return self.parameter.detach()[self._here()]
+
+    def counts(self, *chosen: Tensor) -> Tensor:
+        return (_union(*chosen) if chosen else self._kept_units()).sum(dim=1)
 
     def kept_per_output(self) -> Tensor:
         return self._mask.flatten(1).sum(dim=1)
@@ -89,20 +92,29 @@ class MaskedLayer(Layer):
     def best(self, scores: Tensor, counts: Tensor) -> Tensor:
         return self._top(self.pattern.pool(scores), counts)
 
-    def largest_magnitudes(self, counts: Tensor | int) -> Tensor:
-        scores = self.pattern.pool(self.weight().abs()).masked_fill(~self._kept_units(), -1)
-        if isinstance(counts, int):
-            return self._top(scores.reshape(-1), counts).view_as(scores)
-        return self._top(scores, counts)
+    def kept(self, where: Tensor | None = None) -> Tensor:
+        if where is None:
+            return self._kept_units()
+        mask = self._here()
+        return self._units(torch.zeros_like(mask).masked_scatter_(mask, where.to(mask.device)))
 
-    def largest_gradients(self, counts: Tensor, *, besides: Tensor) -> Tensor:
+    def largest_magnitudes(self, counts: Tensor | int) -> Tensor:
+        return self._top(self.pattern.pool(self.weight().abs()).masked_fill(~self._kept_units(), -1), counts)
+
+    def largest_gradients(self, counts: Tensor | int, *, besides: Tensor | None = None) -> Tensor:
+        scores = self.pattern.pool(self._dense_gradient().abs())
+        return self._top(scores if besides is None else scores.masked_fill(besides, -1), counts)
+
+    def mean_gradient(self) -> float:
+        return float(self._dense_gradient()[self._here()].abs().mean(dtype=torch.float64))
+
+    def _dense_gradient(self) -> Tensor:
         gradient = self._gradient.total
         if gradient is None:  # another rank may have seen one
             if not active():
                 raise RarefyError(f"{self.name} {list(self.shape)}: no dense gradient was collected for this step.")
             gradient = torch.zeros_like(self.parameter)
-        scores = self.pattern.pool(average(gradient).abs())
-        return self._top(scores.masked_fill(besides, -1), counts)
+        return average(gradient)
 
     def random(self, counts: Tensor, generator: torch.Generator, *, besides: Tensor | None = None) -> Tensor:
         shape = (self.groups, self.units_per_group)
@@ -121,10 +133,7 @@ class MaskedLayer(Layer):
     # --- changing ---------------------------------------------------------------------------------------------------
 
     def rewire(self, *chosen: Tensor) -> Change:
-        units = chosen[0]
-        for more in chosen[1:]:
-            units = units | more
-        return self.keep(self.pattern.expand(units, self.shape))
+        return self.keep(self.pattern.expand(_union(*chosen), self.shape))
 
     @torch.no_grad()
     def keep(self, mask: Tensor) -> Change:
@@ -156,6 +165,10 @@ class MaskedLayer(Layer):
         if self._ever is not None:
             self._ever = self._ever.to(mask.device) | mask
         self._mask, self._nnz = mask.contiguous(), kept
+
+    @torch.no_grad()
+    def write(self, values: Tensor) -> None:
+        self.parameter.masked_scatter_(self._here(), values.to(self.parameter))
 
     @torch.no_grad()
     def scale_outputs(self, factors: Tensor) -> None:
@@ -216,15 +229,14 @@ class MaskedLayer(Layer):
             kernels.apply_mask_(parameter.grad, self._here())
         self._gradient.leave(parameter.grad)
 
-    def watch_gradient(self, wanted: bool) -> None:
-        self._gradient.watch(self.parameter if wanted else None)
+    def watch_gradient(self, wanted: bool, carry: float | None = 0.0) -> None:
+        self._gradient.watch(self.parameter if wanted else None, carry)
 
     @property
     def has_gradient(self) -> bool:
-        total, device = self._gradient.total, self._mask.device
         # Outside the mask GradScaler does not see an overflow; scores that are not numbers must not decide.
-        overflow = on_any_rank(total is not None and not bool(torch.isfinite(total).all()), device)
-        return on_any_rank(total is not None, device) and not overflow
+        overflow = on_any_rank(not self._gradient.finite, self._mask.device)
+        return on_any_rank(self._gradient.total is not None, self._mask.device) and not overflow
 
     @torch.no_grad()
     def after_load(self) -> None:
@@ -251,10 +263,11 @@ class MaskedLayer(Layer):
             "pattern": str(self.pattern),
             "mask": kernels.pack_mask(self._mask.cpu()),
             "explored": None if self._ever is None else kernels.pack_mask(self._ever.cpu()),
+            "gradient": self._gradient.past,
         }
 
     def check_state(self, state: object) -> None:
-        if not isinstance(state, dict) or not {"shape", "pattern", "mask", "explored"} <= state.keys():
+        if not isinstance(state, dict) or not {"shape", "pattern", "mask", "explored", "gradient"} <= state.keys():
             raise StateError(f"{self.name}: the saved state of this layer is incomplete.")
         for key, mine in (("shape", list(self.shape)), ("pattern", str(self.pattern))):
             if state[key] != mine:
@@ -267,6 +280,9 @@ class MaskedLayer(Layer):
                 raise StateError(
                     f"{self.name} {list(self.shape)}: the saved {key} is not a bit mask of {self.numel} bits."
                 )
+        gradient = state["gradient"]
+        if gradient is not None and (not isinstance(gradient, Tensor) or tuple(gradient.shape) != self.shape):
+            raise StateError(f"{self.name} {list(self.shape)}: the saved gradient is not one of this weight.")
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -279,6 +295,7 @@ class MaskedLayer(Layer):
         self._mask, self._nnz = mask, int(mask.sum())
         ever = state["explored"]
         self._ever = None if ever is None else kernels.unpack_mask(ever, self.shape).to(device)
+        self._gradient.past = None if state["gradient"] is None else state["gradient"].to(device)
         if self._attached:
             self.enforce()
 
@@ -293,56 +310,24 @@ class MaskedLayer(Layer):
 
     def _top(self, scores: Tensor, counts: Tensor | int) -> Tensor:
         try:
+            if isinstance(counts, int):
+                return kernels.select_k(scores.reshape(-1), counts).view_as(scores)
             return kernels.select_k(scores, counts)
         except OptionError as error:  # NaN: training has diverged
             raise OptionError(f"{self.name} {list(self.shape)}: {error}; try a lower learning rate") from error
 
     def _kept_units(self) -> Tensor:
-        mask = self._here()
+        return self._units(self._here())
+
+    def _units(self, mask: Tensor) -> Tensor:
+        """Return which units hold a weight where the mask is True."""
         if self.pattern.unit_size(self.shape) == 1:
             return self.pattern.pool(mask)
         return self.pattern.pool(mask.float()) > 0
 
 
-class _GradientSum:
-    """The dense gradient of one optimizer step, summed over its backward passes as `.grad` itself is.
-
-    A tensor hook sees each pass's own gradient before it is accumulated (and masked); the sum takes it in once the pass
-    has been accumulated, so that `torch.autograd.grad` leaves no trace. It begins anew when `.grad` was dropped or zeroed.
-    """
-
-    def __init__(self) -> None:
-        self.total: Tensor | None = None
-        self._handle: RemovableHandle | None = None
-        self._pass: tuple[Tensor, bool] | None = None
-        self._left_zero = False
-
-    def watch(self, parameter: nn.Parameter | None) -> None:
-        """Begin a new sum for this parameter; None: forget it."""
-        self.close()
-        self.total, self._left_zero = None, False
-        if parameter is not None and parameter.requires_grad:
-            weak = weakref.ref(parameter)
-            self._handle = parameter.register_hook(lambda gradient: self._see(gradient, weak()))
-
-    def close(self) -> None:
-        """Take in nothing more."""
-        if self._handle is not None:
-            self._handle.remove()
-        self._handle, self._pass = None, None
-
-    def _see(self, gradient: Tensor, parameter: Tensor | None) -> None:
-        old = None if parameter is None else parameter.grad
-        self._pass = (gradient.detach(), old is None or (not self._left_zero and not bool(old.any())))
-
-    def commit(self) -> None:
-        """Take in the pass that was seen last."""
-        if self._pass is not None:
-            gradient, anew = self._pass
-            self.total = gradient.clone() if anew or self.total is None else self.total.add_(gradient)
-            self._pass = None
-
-    def leave(self, grad: Tensor) -> None:
-        """Remember whether the masked sum is zero by itself, and not because it was zeroed."""
-        if self._handle is not None:
-            self._left_zero = not bool(grad.any())
+def _union(*chosen: Tensor) -> Tensor:
+    units = chosen[0]
+    for more in chosen[1:]:
+        units = units | more
+    return units

@@ -28,6 +28,9 @@ class Method:
     name: ClassVar[str]
     needs_calibration: ClassVar[bool] = False  # looks at data before training
 
+    def __post_init__(self) -> None:
+        """Raise OptionError where an option, or two together, cannot be."""
+
     def model(self, build: Callable[[float], nn.Module]) -> nn.Module:
         """Build the network that this method trains; `build(width)` makes it with its hidden widths multiplied."""
         return build(1.0)
@@ -48,6 +51,10 @@ class Method:
     def wants_gradient(self, sparse: Sparsifier, step: int) -> bool:
         """Whether the dense gradient of this step (1-based) is needed."""
         return False
+
+    def carries_gradient(self, sparse: Sparsifier, step: int) -> float:
+        """How many times the dense gradient gathered in earlier steps counts beside this step's own; 0: not at all."""
+        return 0.0
 
     def after_step(self, sparse: Sparsifier, step: int) -> None:
         """Act after optimizer step number `step` (1-based)."""

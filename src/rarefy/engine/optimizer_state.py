@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rarefy.errors import OptionError
+
 _WRAPPER_FILE = inspect.getsourcefile(Optimizer)  # where torch's wrapper around `step` lives
 
 
@@ -37,6 +39,10 @@ class Optimizers:
                 for parameter in group["params"]:
                     found.setdefault(id(parameter), []).append(optimizer)
         return found
+
+    def learning_rate(self, parameter: nn.Parameter) -> float:
+        """Return the learning rate of the group that holds the parameter (of several: the first); 0 where none does."""
+        return next((float(group["lr"]) for _, group in self._groups(parameter)), 0.0)
 
     @torch.no_grad()
     def refresh(self, parameter: nn.Parameter, where: Tensor) -> None:
@@ -102,3 +108,28 @@ def inside_another_step(optimizer: Optimizer) -> bool:
             depth += frame.f_locals.get("self") is optimizer
         frame = frame.f_back  # type: ignore[assignment]
     return depth > 1
+
+
+def check_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
+    """Return the optimizers as a list; raise OptionError for what has no step to follow."""
+    if optimizer is None:
+        return []
+    optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+    for item in optimizers:
+        if not isinstance(item, Optimizer):
+            raise OptionError(
+                f"optimizer={type(item).__name__} is not a torch.optim.Optimizer. "
+                "Leave it out and call sparse.step() after each of its steps."
+            )
+        if not hasattr(item, "_optimizer_step_post_hooks"):
+            raise OptionError(
+                f"optimizer={type(item).__name__} has no step hooks: its class does not call Optimizer.__init__. Give the "
+                "optimizer that it wraps, or leave it out and call sparse.step() after each of its steps."
+            )
+    return optimizers
+
+
+def was_skipped(optimizer: Optimizer) -> bool:
+    """Whether GradScaler let a fused optimizer run a step that its kernel skipped because of infinities."""
+    found = getattr(optimizer, "found_inf", None)
+    return isinstance(found, Tensor) and bool(found.item())

@@ -17,7 +17,7 @@ from rarefy.engine.layer import Change, Layer
 from rarefy.engine.loading import AfterLoad
 from rarefy.engine.masked import MaskedLayer
 from rarefy.engine.method import Method
-from rarefy.engine.optimizer_state import Optimizers, inside_another_step
+from rarefy.engine.optimizer_state import Optimizers, check_optimizers, inside_another_step, was_skipped
 from rarefy.engine.selection import LeftOut, Selector, Target, check_fit, find_targets, list_weights
 from rarefy.engine.state import FORMAT, check_plain_parts, plain
 from rarefy.engine.summary import Row, Summary
@@ -76,7 +76,7 @@ class Sparsifier:
         self.events: list[Event] = []
         self.memory: dict[str, Any] = {}
         self.generator = torch.Generator().manual_seed(seed)
-        self._optimizers = Optimizers(_check_optimizers(optimizer))
+        self._optimizers = Optimizers(check_optimizers(optimizer))
         self._dense_gradient_steps = 0
         self._watching = False
         self._reloaded: dict[str, int] = {}
@@ -204,11 +204,11 @@ class Sparsifier:
                 (o for o in reversed(self._optimizers.all) if any(o in held for held in holders.values())), None
             )
             is_clock = optimizer is last or any(optimizer in held and last in held for held in holders.values())
-        skipped = _was_skipped(optimizer)
+        skipped = was_skipped(optimizer)
         for layer in mine:
             layer.after_step()
             if skipped:
-                layer.watch_gradient(self._watching)
+                layer.watch_gradient(self._watching, carry=None)
         if is_clock and not skipped:
             self._advance()
 
@@ -222,10 +222,12 @@ class Sparsifier:
             self.method.after_step(self, self.step_count)
         self._prepare_next_step()
 
-    def _prepare_next_step(self) -> None:
-        self._watching = self.method.wants_gradient(self, self.step_count + 1)
+    def _prepare_next_step(self, *, resumed: bool = False) -> None:
+        step = self.step_count + 1
+        self._watching = self.method.wants_gradient(self, step)
+        carry = None if resumed else self.method.carries_gradient(self, step)
         for layer in self.layers.values():
-            layer.watch_gradient(self._watching)
+            layer.watch_gradient(self._watching, carry)
 
     def _changed(self, layer: Layer, change: Change) -> None:
         self.events.append(Event(self.step_count, layer.name, change.dropped, change.grown, layer.nnz))
@@ -330,7 +332,7 @@ class Sparsifier:
         self._dense_gradient_steps = state["dense_gradient_steps"]
         self._kept_steps = dict(state["kept_steps"])
         self._reloaded = {}
-        self._prepare_next_step()
+        self._prepare_next_step(resumed=True)
 
     def _check_state(self, state: dict[str, Any]) -> None:
         if not isinstance(state, dict) or state.get("format") != FORMAT:
@@ -356,24 +358,6 @@ class Sparsifier:
             layer.check_state(layers[name])
 
 
-def _check_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
-    if optimizer is None:
-        return []
-    optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
-    for item in optimizers:
-        if not isinstance(item, Optimizer):
-            raise OptionError(
-                f"optimizer={type(item).__name__} is not a torch.optim.Optimizer. "
-                "Leave it out and call sparse.step() after each of its steps."
-            )
-        if not hasattr(item, "_optimizer_step_post_hooks"):
-            raise OptionError(
-                f"optimizer={type(item).__name__} has no step hooks: its class does not call Optimizer.__init__. Give the "
-                "optimizer that it wraps, or leave it out and call sparse.step() after each of its steps."
-            )
-    return optimizers
-
-
 def _check_free(targets: Sequence[Target]) -> None:
     """Refuse weights that another sparsifier still manages: the two would undo each other's work."""
     for target in targets:
@@ -384,9 +368,3 @@ def _check_free(targets: Sequence[Target]) -> None:
                     f"{target.name} {list(target.shape)} is sparse already: call finalize() or detach() of the sparsifier "
                     "that manages it first, or exclude it."
                 )
-
-
-def _was_skipped(optimizer: Optimizer) -> bool:
-    """Whether GradScaler let a fused optimizer run a step that its kernel skipped because of infinities."""
-    found = getattr(optimizer, "found_inf", None)
-    return isinstance(found, Tensor) and bool(found.item())

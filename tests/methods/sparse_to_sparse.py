@@ -1,0 +1,14 @@
+"""The methods that train sparse networks from the first step on, with options that make them move often."""
+
+from __future__ import annotations
+
+from typing import Any
+
+METHODS: dict[str, dict[str, Any]] = {
+    "itop": {"every": 10},
+    "dsr": {"every": 10},
+    "deep-r": {"l1": 1e-2},
+    "srigl": {"every": 10},
+}
+EXACT_PER_LAYER = ("itop", "deep-r")  # the number that each layer keeps never changes
+EXACT_IN_ALL = ("dsr",)  # the number that all layers keep together never changes
