@@ -9,6 +9,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "dsr": {"every": 10},
     "deep-r": {"l1": 1e-2},
     "srigl": {"every": 10},
+    "gse": {"every": 10},
+    "snfs": {"every": 10, "window": 6},
 }
 EXACT_PER_LAYER = ("itop", "deep-r")  # the number that each layer keeps never changes
-EXACT_IN_ALL = ("dsr",)  # the number that all layers keep together never changes
+EXACT_IN_ALL = ("dsr", "snfs", "gse")  # the number that all layers keep together never changes

@@ -13,12 +13,14 @@ from rarefy import kernels
 from rarefy.engine import conversion
 from rarefy.engine.dense_gradient import BLOCK, DenseGradient
 from rarefy.engine.distributed import active, from_first_rank
+from rarefy.engine.factors import Factors
 from rarefy.engine.layer import Change, Layer
 from rarefy.engine.loading import AfterLoad
 from rarefy.engine.optimizer_state import Optimizers
 from rarefy.engine.selection import Target
 from rarefy.errors import OptionError, RarefyError, StateError
 from rarefy.kernels.sampling import sample
+from rarefy.kernels.watch import watch
 from rarefy.nn import SparseModule
 from rarefy.nn.topology import Move, compress, flat_positions, problem, union
 from rarefy.patterns import Pattern
@@ -48,6 +50,7 @@ class CompressedLayer(Layer):
         self._attached = False
         self._handles: list[RemovableHandle] = []
         self._gradient = DenseGradient()
+        self._end: Callable[[], None] | None = None
 
     @classmethod
     def check(cls, model: nn.Module, targets: Sequence[Target], pattern: Pattern, optimizers: Optimizers) -> None:
@@ -141,6 +144,15 @@ class CompressedLayer(Layer):
             return self._gradient.largest_in_rows(module, counts, besides)
         except OptionError as error:
             raise self._diverged(error) from error
+
+    def _keeps(self, places: Tensor) -> Tensor:
+        kept = self._kept()
+        if not kept.numel():
+            return torch.zeros_like(places, dtype=torch.bool)
+        return kept[torch.searchsorted(kept, places).clamp_(max=kept.numel() - 1)] == places
+
+    def at(self, places: Tensor) -> Tensor:
+        return places
 
     def mean_gradient(self) -> float:
         return float(self._gradient.at(self._seen(), self._kept()).abs().mean(dtype=torch.float64))
@@ -252,6 +264,7 @@ class CompressedLayer(Layer):
         self._handles.clear()
         self._attached = False
         self._gradient.watch(None)
+        self.watch_factors(False)
 
     def restore(self) -> None:
         if not self._given and isinstance(self.module, SparseModule):
@@ -265,6 +278,7 @@ class CompressedLayer(Layer):
     def after_step(self) -> None:
         self.enforce()
         self._gradient.close()
+        self._end_factors()
 
     def _hook_parameter(self) -> None:
         """Watch the parameter that the module holds now: it may have been replaced or unfrozen at any time."""
@@ -276,10 +290,28 @@ class CompressedLayer(Layer):
     @torch.no_grad()
     def _after_backward(self, parameter: Tensor) -> None:
         if parameter is self._sparse.values:
-            self._gradient.commit(self._sparse.values)
+            self._gradient.commit(parameter)
+            self._factors.commit(parameter.grad)
 
     def watch_gradient(self, wanted: bool, carry: float | None = 0.0) -> None:
         self._gradient.watch(self._sparse if wanted else None, carry)
+
+    def watch_factors(self, wanted: bool) -> None:
+        self._end_factors()
+        self._factors.begin()
+        if wanted and self._sparse.values.requires_grad:
+            self._end = watch(self._sparse.crow, self._see_factors)
+        else:
+            self._factors.close()
+
+    def _see_factors(self, x: Tensor, dy: Tensor, *geometry: Any) -> None:
+        self._factors.see(Factors(x.detach().clone(), dy.detach().clone(), geometry), self._sparse.values.grad)
+
+    def _end_factors(self) -> None:
+        self._factors.close()
+        if self._end is not None:
+            self._end()
+        self._end = None
 
     @property
     def has_gradient(self) -> bool:

@@ -15,8 +15,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rarefy.engine.distributed import average, on_any_rank
+from rarefy.engine.factors import Factors, draw
 from rarefy.engine.optimizer_state import Optimizers
+from rarefy.engine.passes import Passes
 from rarefy.engine.selection import Target
+from rarefy.nn import SparseModule
 from rarefy.patterns import Pattern
 
 
@@ -40,9 +44,8 @@ class Layer(ABC):
         self.shape = target.shape
         self.numel = math.prod(self.shape)
         self.groups, self.units_per_group = pattern.units(self.shape)
-        self.further_gradients = (
-            0  # weights besides the kept ones whose gradient was computed since the engine last asked
-        )
+        self._factors: Passes[Factors] = Passes()
+        self.further_gradients = 0  # of weights that are not kept: how many were computed since the engine last asked
 
     @classmethod
     @abstractmethod
@@ -142,6 +145,55 @@ class Layer(ABC):
         The method must have asked for this step's dense gradient (`Method.wants_gradient`).
         """
 
+    # --- connections: single weights, by their places in the flattened weight (int64, ascending) -----------------------
+
+    @property
+    def is_product(self) -> bool:
+        """Whether the weight's gradient is a sum of outer products that can be seen: of a Linear or Conv2d's own weight."""
+        return isinstance(self.module, nn.Linear | nn.Conv2d | SparseModule) and not self.target.aliases
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether finite factors were collected for this step, on any rank; every rank must ask."""
+        device = self.target.parameter.device
+        overflow = any(not bool(t.isfinite().all()) for part in self._factors.parts for t in part[:2])
+        return on_any_rank(bool(self._factors.parts), device) and not on_any_rank(overflow, device)
+
+    def sample_connections(self, draws: int, by: str, generator: torch.Generator) -> Tensor:
+        """Draw absent connections with replacement, guided by this step's factors; return the different ones.
+
+        `by` is "uniform", "grabo" or "graest": see `rarefy.engine.factors.draw`. The method must have asked for the
+        factors (`Method.wants_factors`).
+        """
+        groups = int(getattr(self.module, "groups", 1))
+        places = draw(self._factors.parts, self.shape, groups, draws, by, generator).to(self.target.parameter.device)
+        return places[~self._keeps(places)]
+
+    def absent_connections(self) -> Tensor:
+        """Return all connections that are not kept."""
+        places = torch.arange(self.numel, device=self.target.parameter.device)
+        return places[~self._keeps(places)]
+
+    def gradients_at(self, places: Tensor) -> Tensor:
+        """Return the gradient of these connections from this step's factors, averaged over ranks."""
+        self.further_gradients += places.numel()
+        rows, total = self.shape[0], torch.zeros(places.shape, dtype=self._wide, device=places.device)
+        for part in self._factors.parts:
+            total += part.at(places, rows, self.numel // rows, self._wide)
+        return average(total)
+
+    @property
+    def _wide(self) -> torch.dtype:
+        return torch.promote_types(self.target.parameter.dtype, torch.float32)
+
+    @abstractmethod
+    def _keeps(self, places: Tensor) -> Tensor:
+        """Tell which of these connections are kept; bool."""
+
+    @abstractmethod
+    def at(self, places: Tensor) -> Tensor:
+        """Choose the units at these connections."""
+
     # --- changing ---------------------------------------------------------------------------------------------------
 
     @abstractmethod
@@ -200,6 +252,10 @@ class Layer(ABC):
 
         What earlier steps collected goes in `carry` times. None: the step that is under way begins anew.
         """
+
+    @abstractmethod
+    def watch_factors(self, wanted: bool) -> None:
+        """Collect what the gradient of the coming step is made of, or forget what was collected."""
 
     @property
     @abstractmethod

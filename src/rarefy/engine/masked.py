@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from rarefy import kernels
 from rarefy.engine.distributed import active, average, from_first_rank, on_any_rank
+from rarefy.engine.factors import watch_module
 from rarefy.engine.layer import Change, Layer
 from rarefy.engine.loading import AfterLoad
 from rarefy.engine.optimizer_state import Optimizers
@@ -46,6 +47,7 @@ class MaskedLayer(Layer):
         self._attached = False
         self._handles: list[RemovableHandle] = []
         self._gradient = GradientSum()
+        self._end: RemovableHandle | None = None
         # What load_state_dict brought, until the next step, and the weight's version once it was masked.
         self._loaded: tuple[Tensor, int] | None = None
 
@@ -104,6 +106,13 @@ class MaskedLayer(Layer):
     def largest_gradients(self, counts: Tensor | int, *, besides: Tensor | None = None) -> Tensor:
         scores = self.pattern.pool(self._dense_gradient().abs())
         return self._top(scores if besides is None else scores.masked_fill(besides, -1), counts)
+
+    def _keeps(self, places: Tensor) -> Tensor:
+        return self._here().view(-1)[places]
+
+    def at(self, places: Tensor) -> Tensor:
+        flat = torch.zeros(self.numel, dtype=torch.bool, device=places.device).index_fill_(0, places, True)
+        return self._units(flat.view(self.shape))
 
     def mean_gradient(self) -> float:
         return float(self._dense_gradient()[self._here()].abs().mean(dtype=torch.float64))
@@ -194,6 +203,7 @@ class MaskedLayer(Layer):
         self._handles.clear()
         self._attached, self._loaded = False, None
         self._gradient.watch(None)
+        self.watch_factors(False)
 
     @torch.no_grad()
     def enforce(self) -> None:
@@ -206,6 +216,7 @@ class MaskedLayer(Layer):
     def after_step(self) -> None:
         self.enforce()
         self._gradient.close()
+        self._end_factors()
 
     def _hook_parameter(self) -> None:
         """Watch the parameter that the module holds now: it may have been replaced, swapped, or unfrozen, at any time."""
@@ -225,12 +236,27 @@ class MaskedLayer(Layer):
         if parameter.grad is None or parameter is not self.parameter:
             return
         self._gradient.commit()
+        self._factors.commit(parameter.grad)
         if self._nnz < self.numel:
             kernels.apply_mask_(parameter.grad, self._here())
         self._gradient.leave(parameter.grad)
 
     def watch_gradient(self, wanted: bool, carry: float | None = 0.0) -> None:
         self._gradient.watch(self.parameter if wanted else None, carry)
+
+    def watch_factors(self, wanted: bool) -> None:
+        self._end_factors()
+        self._factors.begin()
+        if wanted:
+            self._end = watch_module(self.module, self.parameter, self._factors)
+        else:
+            self._factors.close()
+
+    def _end_factors(self) -> None:
+        self._factors.close()
+        if self._end is not None:
+            self._end.remove()
+        self._end = None
 
     @property
     def has_gradient(self) -> bool:

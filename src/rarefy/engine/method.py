@@ -56,6 +56,10 @@ class Method:
         """How many times the dense gradient gathered in earlier steps counts beside this step's own; 0: not at all."""
         return 0.0
 
+    def wants_factors(self, sparse: Sparsifier, step: int) -> bool:
+        """Whether what this step's gradient is made of is needed: the layers' inputs and output gradients."""
+        return False
+
     def after_step(self, sparse: Sparsifier, step: int) -> None:
         """Act after optimizer step number `step` (1-based)."""
 

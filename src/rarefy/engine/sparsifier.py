@@ -78,7 +78,7 @@ class Sparsifier:
         self.generator = torch.Generator().manual_seed(seed)
         self._optimizers = Optimizers(check_optimizers(optimizer))
         self._dense_gradient_steps = 0
-        self._watching = False
+        self._watching = self._factors_wanted = False
         self._reloaded: dict[str, int] = {}
         self._handles: list[RemovableHandle] = []
         self._attached = False
@@ -93,6 +93,7 @@ class Sparsifier:
             t.name: make(t, pattern, self._optimizers, on_change=self._changed, on_load=self._loaded) for t in targets
         }
         self._kept_steps = dict.fromkeys(self.layers, 0)
+        self._further_gradients = dict.fromkeys(self.layers, 0)
         method.check(self)
         if state is None:
             method.choose(self)
@@ -150,7 +151,8 @@ class Sparsifier:
 
     def training_cost(self) -> dict[str, Cost]:
         """Return, for every layer, the sums that training FLOPs are counted from."""
-        return {n: Cost(self.step_count, self._kept_steps[n], self._dense_gradient_steps) for n in self.layers}
+        dense, further = self._dense_gradient_steps, self._further_gradients
+        return {n: Cost(self.step_count, kept, dense, further[n]) for n, kept in self._kept_steps.items()}
 
     def summary(self, example_input: Any = None) -> Summary:
         """Return a table of the layers; with an example input, also of their FLOPs (one forward pass is run)."""
@@ -209,6 +211,7 @@ class Sparsifier:
             layer.after_step()
             if skipped:
                 layer.watch_gradient(self._watching, carry=None)
+                layer.watch_factors(self._factors_wanted)
         if is_clock and not skipped:
             self._advance()
 
@@ -220,14 +223,19 @@ class Sparsifier:
             self._kept_steps[name] += layer.nnz
         with torch.no_grad():
             self.method.after_step(self, self.step_count)
+        for name, layer in self.layers.items():
+            self._further_gradients[name] += layer.further_gradients
+            layer.further_gradients = 0
         self._prepare_next_step()
 
     def _prepare_next_step(self, *, resumed: bool = False) -> None:
         step = self.step_count + 1
         self._watching = self.method.wants_gradient(self, step)
         carry = None if resumed else self.method.carries_gradient(self, step)
+        self._factors_wanted = self.method.wants_factors(self, step)
         for layer in self.layers.values():
             layer.watch_gradient(self._watching, carry)
+            layer.watch_factors(self._factors_wanted)
 
     def _changed(self, layer: Layer, change: Change) -> None:
         self.events.append(Event(self.step_count, layer.name, change.dropped, change.grown, layer.nnz))
@@ -307,6 +315,7 @@ class Sparsifier:
             "generator": self.generator.get_state(),
             "dense_gradient_steps": self._dense_gradient_steps,
             "kept_steps": dict(self._kept_steps),
+            "further_gradients": dict(self._further_gradients),
             "events": torch.tensor(rows, dtype=torch.int64).reshape(-1, 5),
             "memory": dict(self.memory),
             "layers": {name: layer.state_dict() for name, layer in self.layers.items()},
@@ -331,6 +340,7 @@ class Sparsifier:
         self.memory = dict(state["memory"])
         self._dense_gradient_steps = state["dense_gradient_steps"]
         self._kept_steps = dict(state["kept_steps"])
+        self._further_gradients = dict(state["further_gradients"])
         self._reloaded = {}
         self._prepare_next_step(resumed=True)
 
@@ -349,7 +359,7 @@ class Sparsifier:
                     f"{mine.get(option)!r} now. Make the sparsifier with the same options."
                 )
         layers = state["layers"]
-        if list(layers) != list(self.layers) or list(state["kept_steps"]) != list(self.layers):
+        if any(list(part) != list(self.layers) for part in (layers, state["kept_steps"], state["further_gradients"])):
             odd = set(layers) ^ set(self.layers)
             raise StateError(
                 f"The state is of another model: these layers differ: {', '.join(sorted(odd)) or 'their order'}."

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rarefy.engine import Layer, Method, Sparsifier
 from rarefy.engine.options import check_clock, check_decay, check_fraction
+from rarefy.errors import OptionError
 from rarefy.methods.static import RandomStart, Static
 from rarefy.schedules import Clock, decay
 
@@ -90,6 +91,27 @@ class DropAndGrow(Rewiring, RandomStart):
     def grow(self, sparse: Sparsifier, layer: Layer, counts: Tensor, survivors: Tensor) -> Tensor:
         """Choose the units to grow, outside the survivors."""
         return layer.random(counts, sparse.generator, besides=survivors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholeRun(DropAndGrow):
+    """What ITOP and SNFS share: updates until training ends, of a fraction that starts high and falls to a small one."""
+
+    usual_stop: ClassVar[float | None] = None
+    drop_fraction: float = 0.5
+    final_fraction: float = 0.005
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_fraction("final_fraction", self.final_fraction)
+        if self.final_fraction > self.drop_fraction:
+            raise OptionError(
+                f"final_fraction={self.final_fraction} must not be above drop_fraction={self.drop_fraction}."
+            )
+
+    def fraction(self, sparse: Sparsifier, step: int) -> float:
+        falling = decay(self.decay)(self.drop_fraction - self.final_fraction, sparse.clock.progress(step))
+        return self.final_fraction + falling
 
 
 @dataclass(frozen=True, kw_only=True)

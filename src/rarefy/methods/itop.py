@@ -8,13 +8,12 @@ from typing import ClassVar
 from torch import Tensor
 
 from rarefy.engine import Layer, Sparsifier
-from rarefy.engine.options import check_fraction
 from rarefy.errors import OptionError
-from rarefy.methods.dynamic import DropAndGrow, RigL
+from rarefy.methods.dynamic import DropAndGrow, RigL, WholeRun
 
 
 @dataclass(frozen=True, kw_only=True)
-class ITOP(RigL):
+class ITOP(WholeRun, RigL):
     """ITOP: SET or RigL with long pauses between updates, so that all weights are tried in time.
 
     Liu et al. 2021, "Do We Actually Need Dense Over-Parameterization? In-Time Over-Parameterization in Sparse Training"
@@ -46,29 +45,17 @@ class ITOP(RigL):
     """
 
     name: ClassVar[str] = "itop"
-    usual_stop: ClassVar[float | None] = None
     growth: str = "random"
-    drop_fraction: float = 0.5
-    final_fraction: float = 0.005
     every: int = 1500
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_fraction("final_fraction", self.final_fraction)
-        if self.final_fraction > self.drop_fraction:
-            raise OptionError(
-                f"final_fraction={self.final_fraction} must not be above drop_fraction={self.drop_fraction}."
-            )
         if self.growth not in ("random", "gradient"):
             raise OptionError(f"growth={self.growth!r} must be 'random' or 'gradient'.")
 
     def initialise(self, sparse: Sparsifier) -> None:
         super().initialise(sparse)
         sparse.memory["explored"] = [[0, sparse.explored()]]
-
-    def fraction(self, sparse: Sparsifier, step: int) -> float:
-        share = super().fraction(sparse, step) / self.drop_fraction
-        return self.final_fraction + (self.drop_fraction - self.final_fraction) * share
 
     def update(self, sparse: Sparsifier, step: int) -> None:
         super().update(sparse, step)
