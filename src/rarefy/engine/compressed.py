@@ -75,6 +75,10 @@ class CompressedLayer(Layer):
 
     def _kept(self) -> Tensor:
         """Return the ascending flat positions of the kept weights."""
+        return self._held()
+
+    def _held(self) -> Tensor:
+        """Return the ascending flat positions of all weights that the module holds."""
         device = self.target.parameter.device
         if self._chosen is not None:
             return self._chosen.to(device)
@@ -242,10 +246,15 @@ class CompressedLayer(Layer):
         if not active():
             return
         mine = self._kept()
-        count = from_first_rank(torch.tensor(mine.numel(), device=mine.device))
-        shared = from_first_rank(mine if mine.numel() == int(count) else mine.new_zeros(int(count)))
+        shared = self._from_first(mine)
         if not torch.equal(mine, shared):
             self._keep(shared)
+
+    @staticmethod
+    def _from_first(mine: Tensor) -> Tensor:
+        """Return rank 0's positions."""
+        count = from_first_rank(torch.tensor(mine.numel(), device=mine.device))
+        return from_first_rank(mine if mine.numel() == int(count) else mine.new_zeros(int(count)))
 
     @torch.no_grad()
     def attach(self) -> None:
@@ -374,12 +383,16 @@ class CompressedLayer(Layer):
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         device = self.target.parameter.device
-        saved = flat_positions(state["crow"], state["col"], self._flat_shape()[1]).to(device)
+        saved = self._saved_positions(state).to(device)
         if not self._attached:
             self._chosen = saved
-        elif not torch.equal(saved, self._kept()):  # the weights and the optimizer's state come before or after this
+        elif not torch.equal(saved, self._held()):  # the weights and the optimizer's state come before or after this
             self._sparse.rewire_(saved)
             self._fit_optimizers()
         ever = state["explored"]
         self._ever = None if ever is None else ever.to(device)
         self._gradient.load_state(state["gradient"], self.target.parameter)
+
+    def _saved_positions(self, state: dict[str, Any]) -> Tensor:
+        """Return the positions that the module held when the state was saved."""
+        return flat_positions(state["crow"], state["col"], self._flat_shape()[1])

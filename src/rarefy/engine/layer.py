@@ -45,6 +45,7 @@ class Layer(ABC):
         self.numel = math.prod(self.shape)
         self.groups, self.units_per_group = pattern.units(self.shape)
         self._factors: Passes[Factors] = Passes()
+        self.resting = 0  # weights that are trained and not kept: see `rarefy.engine.reserve`
         self.further_gradients = 0  # of weights that are not kept: how many were computed since the engine last asked
 
     @classmethod

@@ -150,14 +150,14 @@ class MaskedLayer(Layer):
             raise StateError(
                 f"{self.name}: a mask must be bool {list(self.shape)}, not {mask.dtype} {list(mask.shape)}."
             )
-        old = self._here()
+        old, taught = self._here(), self._taught()
         mask = mask.to(old.device)
         kept = int(mask.sum())
         dropped = int((old & ~mask).sum()) if self._nnz < self.numel else self.numel - kept
         change = Change(dropped, kept - (self._nnz - dropped))
         if self._attached:
-            changed = old ^ mask
             self._set(mask, kept)
+            changed = taught ^ self._taught()
             self.enforce()
             if self.parameter.grad is not None:
                 self.parameter.grad.masked_fill_(changed, 0)
@@ -227,8 +227,8 @@ class MaskedLayer(Layer):
         self._handles.append(parameter.register_post_accumulate_grad_hook(self._after_backward))
         if self._nnz < self.numel:  # what came before the hook was not masked
             if parameter.grad is not None:
-                kernels.apply_mask_(parameter.grad, self._here())
-            self._optimizers.refresh(parameter, ~self._here())
+                kernels.apply_mask_(parameter.grad, self._taught())
+            self._optimizers.refresh(parameter, ~self._taught())
 
     @torch.no_grad()
     def _after_backward(self, parameter: Tensor) -> None:
@@ -238,7 +238,7 @@ class MaskedLayer(Layer):
         self._gradient.commit()
         self._factors.commit(parameter.grad)
         if self._nnz < self.numel:
-            kernels.apply_mask_(parameter.grad, self._here())
+            kernels.apply_mask_(parameter.grad, self._taught())
         self._gradient.leave(parameter.grad)
 
     def watch_gradient(self, wanted: bool, carry: float | None = 0.0) -> None:
@@ -333,6 +333,10 @@ class MaskedLayer(Layer):
         if self._mask.device != device:
             self._mask = self._mask.to(device)
         return self._mask
+
+    def _taught(self) -> Tensor:
+        """Where gradients reach the optimizer, bool."""
+        return self._here()
 
     def _top(self, scores: Tensor, counts: Tensor | int) -> Tensor:
         try:

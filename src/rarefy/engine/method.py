@@ -27,6 +27,7 @@ class Method:
 
     name: ClassVar[str]
     needs_calibration: ClassVar[bool] = False  # looks at data before training
+    reserves: ClassVar[bool] = False  # dropped weights keep their values: see `rarefy.engine.reserve`
 
     def __post_init__(self) -> None:
         """Raise OptionError where an option, or two together, cannot be."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from rarefy.engine.loading import AfterLoad
 from rarefy.engine.masked import MaskedLayer
 from rarefy.engine.method import Method
 from rarefy.engine.optimizer_state import Optimizers, check_optimizers, inside_another_step, was_skipped
+from rarefy.engine.reserve import RESERVING, show
 from rarefy.engine.selection import LeftOut, Selector, Target, check_fit, find_targets, list_weights
 from rarefy.engine.state import FORMAT, check_plain_parts, plain
 from rarefy.engine.summary import Row, Summary
@@ -26,7 +27,10 @@ from rarefy.metrics.flops import flops
 from rarefy.nn import SparseModule
 from rarefy.patterns import Pattern, parse_pattern
 
-STORAGES: dict[str, type[MaskedLayer] | type[CompressedLayer]] = {"masked": MaskedLayer, "compressed": CompressedLayer}
+STORAGES: Mapping[str, type[MaskedLayer] | type[CompressedLayer]] = {
+    "masked": MaskedLayer,
+    "compressed": CompressedLayer,
+}
 Loss = Callable[[nn.Module, Any], Tensor]
 
 
@@ -87,7 +91,7 @@ class Sparsifier:
         pattern: Pattern = parse_pattern(getattr(method, "pattern", "unstructured"))
         check_fit(pattern, targets)
         _check_free(targets)
-        make = STORAGES[storage]
+        make = (RESERVING if method.reserves else STORAGES)[storage]
         make.check(model, targets, pattern, self._optimizers)
         self.layers: dict[str, Layer] = {
             t.name: make(t, pattern, self._optimizers, on_change=self._changed, on_load=self._loaded) for t in targets
@@ -193,6 +197,10 @@ class Sparsifier:
             layer.after_step()
         self._advance()
 
+    def _before_optimizer_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return show([layer for layer in self.layers.values() if id(layer.target.parameter) in held], args, kwargs)
+
     def _after_optimizer_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if inside_another_step(optimizer):
             return
@@ -221,6 +229,7 @@ class Sparsifier:
         self._dense_gradient_steps += self._watching
         for name, layer in self.layers.items():
             self._kept_steps[name] += layer.nnz
+            self._further_gradients[name] += layer.resting
         with torch.no_grad():
             self.method.after_step(self, self.step_count)
         for name, layer in self.layers.items():
@@ -245,6 +254,8 @@ class Sparsifier:
     def _attach(self) -> None:
         for optimizer in self._optimizers.all:
             self._handles.append(optimizer.register_step_post_hook(self._after_optimizer_step))
+            if self.method.reserves:
+                self._handles.append(optimizer.register_step_pre_hook(self._before_optimizer_step))
         for layer in self.layers.values():
             layer.attach()
         self._handles.append(self.model.register_load_state_dict_post_hook(AfterLoad(self)))
