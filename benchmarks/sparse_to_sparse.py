@@ -3,9 +3,8 @@
     RAREFY_DATA=... .venv/bin/python benchmarks/sparse_to_sparse.py [--seeds 3] [--sparsities 0.95 0.98 0.99]
         [--methods set rigl ...] [--storage masked] [--epochs 15] [--json FILE]
 
-The first 8,000 training and 2,000 test images; 784-300-100-10, ERK, SGD with learning rate 0.1 (no momentum, no weight
-decay), batches of 100, updates every 25 steps (`deep-r`: at every step); all other options are the methods' defaults. One
-seed gives the weights, the masks and the order of the batches; all methods of a seed begin with the same dense weights.
+The first 8,000 training and all test images; 784-300-100-10, ERK, SGD with learning rate 0.1 (no momentum, no weight decay),
+batches of 100, updates every 25 steps (`deep-r`: at every step); all other options are the methods' defaults. One seed gives the weights, the masks and the order of the batches; all methods of a seed begin with the same dense weights.
 Accuracy is that of the last step. "moved" is the share of the last mask that was not in the first one; R_s the share of all
 weights that were ever kept; training FLOPs are counted from the real masks, relative to dense training.
 """
@@ -108,7 +107,7 @@ def main() -> None:
     parser.add_argument("--storage", choices=["masked", "compressed"], default="masked")
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--train", type=int, default=8000)
-    parser.add_argument("--test", type=int, default=2000)
+    parser.add_argument("--test", type=int, default=10000)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()

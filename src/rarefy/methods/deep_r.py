@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rarefy.engine import Layer, Sparsifier
+from rarefy.engine.distributed import from_first_rank
 from rarefy.errors import OptionError
 from rarefy.methods.dynamic import Rewiring
 from rarefy.methods.static import RandomStart
@@ -84,7 +85,7 @@ class DeepR(Rewiring, RandomStart):
 
     def _remember(self, sparse: Sparsifier, layer: Layer) -> None:
         """Note every kept weight's sign, int8 [nnz]; a weight that is zero gets a random one."""
-        values = layer.values()
+        values = from_first_rank(layer.values())  # ranks may begin with different weights, until they are shared
         drawn = torch.randint(2, values.shape, generator=sparse.generator).to(values) * 2 - 1
         signs: Tensor = torch.where(values == 0, drawn, values.sign())
         sparse.memory[f"signs {layer.name}"] = signs.to(torch.int8).cpu()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.engine import Sparsifier
+from rarefy.engine.distributed import from_first_rank
 from rarefy.engine.options import check_clock
 from rarefy.engine.reserve import ReservingLayer, reserving
 from rarefy.engine.sharing import share
@@ -87,7 +88,7 @@ class TopKAST(Rewiring, RandomStart):
             if self.init == "fan-in" and not isinstance(layer.module, nn.Embedding | nn.EmbeddingBag):
                 whole, kept = layer.theta().norm(), layer.weight().norm()
                 gain = whole / kept if kept > 0 else torch.ones_like(kept)
-                layer.scale_outputs(gain.expand(layer.shape[0]))
+                layer.scale_outputs(from_first_rank(gain).expand(layer.shape[0]))
 
     def after_step(self, sparse: Sparsifier, step: int) -> None:
         for layer in reserving(sparse.layers).values():

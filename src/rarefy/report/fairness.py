@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from rarefy.report.records import Run
 
 BASELINES = ("dense", "small-dense", "static")
-DYNAMIC = ("gradual", "set", "rigl")
+DYNAMIC = ("gradual", "set", "rigl", "itop", "dsr", "deep-r", "srigl", "snfs", "gse", "top-kast")
 FEWEST_SEEDS = 3
 
 
