@@ -4,9 +4,10 @@
         [--methods set rigl ...] [--storage masked] [--epochs 15] [--json FILE]
 
 The first 8,000 training and all test images; 784-300-100-10, ERK, SGD with learning rate 0.1 (no momentum, no weight decay),
-batches of 100, updates every 25 steps (`deep-r`: at every step); all other options are the methods' defaults. One seed gives the weights, the masks and the order of the batches; all methods of a seed begin with the same dense weights.
-Accuracy is that of the last step. "moved" is the share of the last mask that was not in the first one; R_s the share of all
-weights that were ever kept; training FLOPs are counted from the real masks, relative to dense training.
+batches of 100, updates every 25 steps (`deep-r`: at every step); all other options are the methods' defaults. One seed gives
+the weights, the masks and the order of the batches; all methods of a seed begin with the same dense weights. Accuracy is
+that of the last step. "moved" is the share of the last mask that was not in the first one; R_s the share of all weights
+that were ever kept; training FLOPs are counted from the real masks, relative to dense training.
 """
 
 from __future__ import annotations

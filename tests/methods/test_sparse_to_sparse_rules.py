@@ -368,3 +368,21 @@ def test_a_layer_without_gradient_keeps_its_mask_and_is_named(method: str, stora
         optimizer.step()
     assert torch.equal(masks["b.weight"], sparse.layers["b.weight"].mask())
     assert not torch.equal(masks["a.weight"], sparse.layers["a.weight"].mask())
+
+
+@pytest.mark.parametrize("method", ["itop", "dsr", "deep-r", "gse"])
+def test_nothing_dense_is_made_of_a_layer_too_large_for_it(method: str) -> None:
+    torch.set_default_dtype(torch.float32)
+    torch.manual_seed(0)
+    side, options = 20_000, {"deep-r": {"l1": 1.0}, "dsr": {"threshold": 1e-2}}.get(method, {})
+    model = nn.Sequential(rarefy.nn.SparseLinear(side, side, sparsity=0.9999), nn.ReLU(), nn.Linear(side, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    sparse = rarefy.sparsify(
+        model, method, sparsity=0.99, optimizer=optimizer, storage="compressed", every=1, total_steps=9, **options
+    )
+    with rarefy.metrics.PeakMemory() as memory:
+        for i in range(3):
+            generator = torch.Generator().manual_seed(i)
+            step(model, optimizer, (torch.randn(4, side, generator=generator), torch.tensor([0, 1, 2, 0])))
+    assert sparse.layers["0.weight"].explored() > sparse.layers["0.weight"].nnz, "nothing moved"
+    assert memory.increase < 200e6, f"{memory.increase / 1e6:.0f} MB; one bit mask in bytes is 400 MB"

@@ -29,7 +29,7 @@ class SRigL(DropAndGrow):
         fan-in.
 
     So all live neurons of a layer have one fan-in, and the others have none; an ablated neuron can come back at any later
-    update. `rarefy.accelerate` runs the result, and needs no row pointers of it.
+    update. `rarefy.accelerate` runs the result.
 
     Where the reference code differs: it truncates a neuron with too many weights by sorting a boolean mask, which keeps
     arbitrary ones (here: the largest); starts weights at a standard deviation of 2/fan-in where sqrt(2/fan-in) is meant
