@@ -29,11 +29,11 @@ def test_method_pages_are_current() -> None:
 
 @pytest.mark.parametrize("name", rarefy.methods.available())
 def test_a_methods_docstring_tells_every_option(name: str) -> None:
-    cls = rarefy.methods.available()[name]
-    text = cls.__doc__ or ""
-    for base in cls.__mro__[1:]:
-        if f"`{getattr(base, 'name', '?')}`" in text:  # "as `set`": told there
-            text += base.__doc__ or ""
+    known = rarefy.methods.available()
+    cls, told = known[name], {name: known[name].__doc__ or ""}
+    while more := {n for doc in told.values() for n in re.findall(r"`([\w-]+)`", doc) if n in known} - told.keys():
+        told |= {n: known[n].__doc__ or "" for n in more}  # "as `set`": told there
+    text = "".join(told.values())
     for option in (f.name for f in dataclasses.fields(cls)):
         assert option in text, f"{name}: option {option} is not told"
     if name not in ("dense", "small-dense"):

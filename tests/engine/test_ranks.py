@@ -16,7 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 import rarefy
 
 LOOKING = ("snip", "grasp", "synflow")
-CASES = ("rigl", "branches", "magnitude", *LOOKING, "compressed rigl", "compressed branches", "compressed magnitude")
+MOVING = ("rigl", "snfs", "gse", "srigl", "dsr", "deep-r", "top-kast")
+CASES = ("branches", "magnitude", *LOOKING, "compressed branches", "compressed magnitude")
+# DistributedDataParallel cannot follow a parameter whose length changes: of compressed layers only those that keep theirs
+CASES += (*MOVING, *(f"compressed {method}" for method in ("rigl", "gse", "deep-r", "top-kast")))
 
 
 class Branches(nn.Sequential):
@@ -57,7 +60,8 @@ def train(rank: int, case: str) -> dict[str, dict[str, torch.Tensor]]:
         optimizer=optimizer,
         storage=storage,
         calibration=[batch()] if method in LOOKING else None,
-        **({"every": 2} if method == "rigl" else {}),
+        **({"every": 2} if method in MOVING else {}),
+        **{"deep-r": {"l1": 0.05}, "gse": {"scope": "layer"}}.get(method, {}),
     )
     wrapped = DistributedDataParallel(model, find_unused_parameters=case == "branches")
     for _ in range(6):
@@ -66,6 +70,7 @@ def train(rank: int, case: str) -> dict[str, dict[str, torch.Tensor]]:
         optimizer.step()
         optimizer.zero_grad()
     masks = sparse.masks()
+    assert method not in MOVING or sparse.explored() > 1 - sparse.sparsity, f"{case} does not move"
     if storage == "compressed":
         sparse.finalize()
     return {"masks": masks, "weights": model.state_dict()}

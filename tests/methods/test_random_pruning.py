@@ -188,14 +188,12 @@ def test_what_is_cut_off_is_said() -> None:
 def test_positions_can_be_chosen_by_hand(storage: str) -> None:
     layer = prune(nn.Linear(12, 16), sparsity=0.0, storage=storage).layers["weight"]
     positions = torch.tensor([191, 3, 40, 3, 0])
-    chosen = layer.holding(positions)
+    chosen = layer.at(positions)
     assert int(layer.counts(chosen)) == 4
     layer.rewire(chosen)
     assert layer.mask().flatten().nonzero().flatten().tolist() == [0, 3, 40, 191]
     blocks = prune(nn.Linear(12, 16), sparsity=0.0, pattern="4x1").layers["weight"]
-    assert (
-        blocks.rewire(blocks.holding(torch.tensor([0, 12, 191]))).dropped == 192 - 8
-    )  # rows 0-3 and 12-15 of a column
+    assert blocks.rewire(blocks.at(torch.tensor([0, 12, 191]))).dropped == 192 - 8  # rows 0-3 and 12-15 of a column
 
 
 def test_random_pruning_of_a_residual_network_by_every_rule() -> None:

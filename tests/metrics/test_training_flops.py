@@ -76,6 +76,16 @@ def test_rigl_equals_its_closed_form_with_one_plain_step_less(every: int) -> Non
     assert expected == pytest.approx(static_training_flops(REPORT.sparse) + (REPORT.dense - REPORT.sparse) / every)
 
 
+def test_further_gradients_cost_one_product_each() -> None:
+    """Top-KAST: forward and input gradient on A, weight gradient on B, 2 f_A + f_B."""
+    used, trained = cost(40, 0.25), cost(40, 0.5)
+    both = {n: LayerCost(40, c.kept_steps, 0, trained[n].kept_steps - c.kept_steps) for n, c in used.items()}
+    f_a, f_b = (flops(MODEL, X, kept_masks(fraction)).sparse for fraction in (0.25, 0.5))
+    assert training_flops(REPORT, both, 16).total == pytest.approx(16 * 40 * (2 * f_a + f_b), rel=1e-12)
+    with pytest.raises(OptionError, match="cannot have the sums"):
+        training_flops(REPORT, {"0.weight": LayerCost(2, 2 * SIZES["0.weight"], 0, 1)}, 1)
+
+
 def test_gradual_pruning_equals_its_closed_form() -> None:
     fractions = [1.0, 0.75, 0.5, 0.25]
     sums = {n: LayerCost(4, sum(int(kept_masks(f)[n].sum()) for f in fractions)) for n in SIZES}

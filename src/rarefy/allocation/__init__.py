@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from rarefy.allocation.budget import RULES, SCORED, counts, densities, global_counts
+from rarefy.allocation.budget import RULES, SCORED, counts, densities, global_counts, spread
 
-__all__ = ["RULES", "SCORED", "counts", "densities", "global_counts"]
+__all__ = ["RULES", "SCORED", "counts", "densities", "global_counts", "spread"]

@@ -144,6 +144,46 @@ def global_counts(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, in
     return {name: int(part.sum()) for name, part in zip(sizes, torch.split(chosen, list(sizes.values())), strict=True)}
 
 
+def spread(total: int, shares: Mapping[str, float], room: Mapping[str, int]) -> dict[str, int]:
+    """Share out a whole number in proportion, none getting more than it has room for: exactly `total` in all.
+
+    What is over where there is no room goes to the others in the same proportion, and where all shares are 0, to all
+    alike. Parts of one go to the largest remainders (ties: the earlier name).
+
+    Args:
+        total: how many there are, at most the sum of `room`.
+        shares: name -> weight, not negative, at least one of them finite and above 0 or all 0.
+        room: name -> the most it can take.
+
+    Raises:
+        AllocationError: there is not room for all.
+
+    Example:
+        >>> from rarefy.allocation import spread
+        >>> spread(10, {"a": 3.0, "b": 1.0, "c": 1.0}, {"a": 4, "b": 9, "c": 9})
+        {'a': 4, 'b': 3, 'c': 3}
+    """
+    if total > sum(room.values()):
+        raise AllocationError(f"there is room for {sum(room.values())} weights, not for {total}")
+    given = dict.fromkeys(shares, 0)
+    open_names = [name for name in shares if room[name] > 0]
+    while (left := total - sum(given.values())) > 0:
+        weight = sum(shares[name] for name in open_names)
+        exact = {n: left * (shares[n] / weight if weight > 0 else 1 / len(open_names)) for n in open_names}
+        full = [name for name in open_names if exact[name] >= room[name] - given[name]]
+        if not full:
+            limits = {name: room[name] - given[name] for name in open_names}
+            rounded = {name: min(math.floor(x), limits[name]) for name, x in exact.items()}
+            by_remainder = sorted(open_names, key=lambda name: rounded[name] - exact[name])
+            for name in by_remainder[: left - sum(rounded.values())]:
+                rounded[name] += 1
+            return given | {name: given[name] + count for name, count in rounded.items()}
+        for name in full:
+            given[name] = room[name]
+        open_names = [name for name in open_names if name not in full]
+    return given
+
+
 def _total(sizes: Mapping[str, int], sparsity: float) -> int:
     return math.floor((1.0 - sparsity) * sum(sizes.values()) + 0.5)
 

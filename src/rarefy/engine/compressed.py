@@ -13,12 +13,14 @@ from rarefy import kernels
 from rarefy.engine import conversion
 from rarefy.engine.dense_gradient import BLOCK, DenseGradient
 from rarefy.engine.distributed import active, from_first_rank
+from rarefy.engine.factors import Factors
 from rarefy.engine.layer import Change, Layer
 from rarefy.engine.loading import AfterLoad
 from rarefy.engine.optimizer_state import Optimizers
 from rarefy.engine.selection import Target
 from rarefy.errors import OptionError, RarefyError, StateError
 from rarefy.kernels.sampling import sample
+from rarefy.kernels.watch import watch
 from rarefy.nn import SparseModule
 from rarefy.nn.topology import Move, compress, flat_positions, problem, union
 from rarefy.patterns import Pattern
@@ -48,6 +50,7 @@ class CompressedLayer(Layer):
         self._attached = False
         self._handles: list[RemovableHandle] = []
         self._gradient = DenseGradient()
+        self._end: Callable[[], None] | None = None
 
     @classmethod
     def check(cls, model: nn.Module, targets: Sequence[Target], pattern: Pattern, optimizers: Optimizers) -> None:
@@ -72,6 +75,10 @@ class CompressedLayer(Layer):
 
     def _kept(self) -> Tensor:
         """Return the ascending flat positions of the kept weights."""
+        return self._held()
+
+    def _held(self) -> Tensor:
+        """Return the ascending flat positions of all weights that the module holds."""
         device = self.target.parameter.device
         if self._chosen is not None:
             return self._chosen.to(device)
@@ -108,10 +115,13 @@ class CompressedLayer(Layer):
             return step
         return step.new_ones(self.numel).index_put((self._kept(),), step).view(self.shape)
 
-    def counts(self, chosen: Tensor | None = None) -> Tensor:
-        if self.groups == 1:
-            return torch.tensor([self.nnz if chosen is None else chosen.numel()])
-        kept = self._kept() if chosen is None else chosen
+    def values(self) -> Tensor:
+        return self._values().clone()
+
+    def counts(self, *chosen: Tensor) -> Tensor:
+        if self.groups == 1 and not chosen:
+            return torch.tensor([self.nnz])
+        kept = union(*chosen) if chosen else self._kept()
         return torch.bincount(kept // self.units_per_group, minlength=self.groups)
 
     def kept_per_output(self) -> Tensor:
@@ -131,8 +141,8 @@ class CompressedLayer(Layer):
     def best(self, scores: Tensor, counts: Tensor) -> Tensor:
         return self._select(self.pattern.pool(scores), counts).reshape(-1).nonzero().squeeze(1)
 
-    def holding(self, positions: Tensor) -> Tensor:
-        return positions.to(self.target.parameter.device).unique()
+    def kept(self, where: Tensor | None = None) -> Tensor:
+        return self._kept() if where is None else self._kept()[where]
 
     def largest_magnitudes(self, counts: Tensor | int) -> Tensor:
         kept, scores = self._kept(), self._values().abs()
@@ -145,15 +155,32 @@ class CompressedLayer(Layer):
         table[group, slot] = scores
         return kept[self._select(table, counts)[group, slot]]
 
-    def largest_gradients(self, counts: Tensor, *, besides: Tensor) -> Tensor:
-        if not self._gradient.parts and not active():
-            raise RarefyError(f"{self.name} {list(self.shape)}: no dense gradient was collected for this step.")
+    def largest_gradients(self, counts: Tensor | int, *, besides: Tensor | None = None) -> Tensor:
+        module = self._seen()
+        besides = self._kept()[:0] if besides is None else besides
         try:
-            if self.groups == 1:
-                return self._gradient.largest(self._sparse, int(counts), besides)
-            return self._gradient.largest_in_rows(self._sparse, counts, besides)
+            if isinstance(counts, int) or self.groups == 1:
+                return self._gradient.largest(module, int(counts), besides)
+            return self._gradient.largest_in_rows(module, counts, besides)
         except OptionError as error:
             raise self._diverged(error) from error
+
+    def _keeps(self, places: Tensor) -> Tensor:
+        kept = self._kept()
+        if not kept.numel():
+            return torch.zeros_like(places, dtype=torch.bool)
+        return kept[torch.searchsorted(kept, places).clamp_(max=kept.numel() - 1)] == places
+
+    def at(self, places: Tensor) -> Tensor:
+        return places.to(self.target.parameter.device).unique()
+
+    def mean_gradient(self) -> float:
+        return float(self._gradient.at(self._seen(), self._kept()).abs().mean(dtype=torch.float64))
+
+    def _seen(self) -> SparseModule:
+        if not self._gradient.parts and not active():
+            raise RarefyError(f"{self.name} {list(self.shape)}: no dense gradient was collected for this step.")
+        return self._sparse
 
     def random(self, counts: Tensor, generator: torch.Generator, *, besides: Tensor | None = None) -> Tensor:
         device = self.target.parameter.device
@@ -232,6 +259,10 @@ class CompressedLayer(Layer):
         self._sparse.values.copy_(weight.reshape(-1).to(kept.device)[kept])
 
     @torch.no_grad()
+    def write(self, values: Tensor) -> None:
+        self._sparse.values.copy_(values)
+
+    @torch.no_grad()
     def scale_outputs(self, factors: Tensor) -> None:
         self._sparse.values.mul_(factors.to(self._sparse.values)[self._sparse.row_indices()])
 
@@ -241,10 +272,15 @@ class CompressedLayer(Layer):
         if not active():
             return
         mine = self._kept()
-        count = from_first_rank(torch.tensor(mine.numel(), device=mine.device))
-        shared = from_first_rank(mine if mine.numel() == int(count) else mine.new_zeros(int(count)))
+        shared = self._from_first(mine)
         if not torch.equal(mine, shared):
             self._keep(shared)
+
+    @staticmethod
+    def _from_first(mine: Tensor) -> Tensor:
+        """Return rank 0's positions."""
+        count = from_first_rank(torch.tensor(mine.numel(), device=mine.device))
+        return from_first_rank(mine if mine.numel() == int(count) else mine.new_zeros(int(count)))
 
     @torch.no_grad()
     def attach(self) -> None:
@@ -263,6 +299,7 @@ class CompressedLayer(Layer):
         self._handles.clear()
         self._attached = False
         self._gradient.watch(None)
+        self.watch_factors(False)
 
     def restore(self) -> None:
         if not self._given and isinstance(self.module, SparseModule):
@@ -277,6 +314,7 @@ class CompressedLayer(Layer):
     def after_step(self) -> None:
         self.enforce()
         self._gradient.close()
+        self._end_factors()
 
     def _hook_parameter(self) -> None:
         """Watch the parameter that the module holds now: it may have been replaced or unfrozen at any time."""
@@ -288,10 +326,28 @@ class CompressedLayer(Layer):
     @torch.no_grad()
     def _after_backward(self, parameter: Tensor) -> None:
         if parameter is self._sparse.values:
-            self._gradient.commit(self._sparse.values)
+            self._gradient.commit(parameter)
+            self._factors.commit(parameter.grad)
 
-    def watch_gradient(self, wanted: bool) -> None:
-        self._gradient.watch(self._sparse if wanted else None)
+    def watch_gradient(self, wanted: bool, carry: float | None = 0.0) -> None:
+        self._gradient.watch(self._sparse if wanted else None, carry)
+
+    def watch_factors(self, wanted: bool) -> None:
+        self._end_factors()
+        self._factors.begin()
+        if wanted and self._sparse.values.requires_grad:
+            self._end = watch(self._sparse.crow, self._see_factors)
+        else:
+            self._factors.close()
+
+    def _see_factors(self, x: Tensor, dy: Tensor, *geometry: Any) -> None:
+        self._factors.see(Factors(x.detach().clone(), dy.detach().clone(), geometry), self._sparse.values.grad)
+
+    def _end_factors(self) -> None:
+        self._factors.close()
+        if self._end is not None:
+            self._end()
+        self._end = None
 
     @property
     def has_gradient(self) -> bool:
@@ -320,6 +376,7 @@ class CompressedLayer(Layer):
             "crow": crow,
             "col": col,
             "explored": None if self._ever is None else self._ever.cpu(),
+            "gradient": self._gradient.state(),
         }
 
     def _flat_shape(self) -> tuple[int, int]:
@@ -328,7 +385,10 @@ class CompressedLayer(Layer):
     def check_state(self, state: object) -> None:
         if isinstance(state, dict) and "mask" in state:
             raise StateError(f'{self.name}: the state was saved with storage="masked"; this one is compressed.')
-        if not isinstance(state, dict) or not {"shape", "pattern", "crow", "col", "explored"} <= state.keys():
+        if (
+            not isinstance(state, dict)
+            or not {"shape", "pattern", "crow", "col", "explored", "gradient"} <= state.keys()
+        ):
             raise StateError(f"{self.name}: the saved state of this layer is incomplete.")
         for key, mine in (("shape", list(self.shape)), ("pattern", str(self.pattern))):
             if state[key] != mine:
@@ -340,6 +400,8 @@ class CompressedLayer(Layer):
             raise StateError(f"{self.name} {list(self.shape)}: the saved indices are damaged: {wrong}.")
         if ever is not None and not self._are_positions(ever):
             raise StateError(f"{self.name} {list(self.shape)}: the saved explored is not a list of its positions.")
+        if not self._gradient.fits(state["gradient"], *self._flat_shape()):
+            raise StateError(f"{self.name} {list(self.shape)}: the saved gradient is not one of this weight.")
 
     def _are_positions(self, ever: Any) -> bool:
         if not isinstance(ever, Tensor) or ever.dtype != torch.int64 or ever.dim() != 1 or not ever.numel():
@@ -349,11 +411,16 @@ class CompressedLayer(Layer):
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         device = self.target.parameter.device
-        saved = flat_positions(state["crow"], state["col"], self._flat_shape()[1]).to(device)
+        saved = self._saved_positions(state).to(device)
         if not self._attached:
             self._chosen = saved
-        elif not torch.equal(saved, self._kept()):  # the weights and the optimizer's state come before or after this
+        elif not torch.equal(saved, self._held()):  # the weights and the optimizer's state come before or after this
             self._sparse.rewire_(saved)
             self._fit_optimizers()
         ever = state["explored"]
         self._ever = None if ever is None else ever.to(device)
+        self._gradient.load_state(state["gradient"], self.target.parameter)
+
+    def _saved_positions(self, state: dict[str, Any]) -> Tensor:
+        """Return the positions that the module held when the state was saved."""
+        return flat_positions(state["crow"], state["col"], self._flat_shape()[1])

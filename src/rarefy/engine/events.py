@@ -31,3 +31,4 @@ class Cost(NamedTuple):
     steps: int  # optimizer steps taken
     kept_steps: int  # sum over those steps of the kept weights
     dense_gradient_steps: int  # steps whose gradient was needed for every weight, kept or not
+    further_gradients: int  # sum over steps of other weights, not kept, whose gradient was computed

@@ -15,10 +15,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rarefy.engine.distributed import average, on_any_rank
+from rarefy.engine.factors import Factors, draw
 from rarefy.engine.optimizer_state import Optimizers
+from rarefy.engine.passes import Passes
 from rarefy.engine.selection import Target
 from rarefy.errors import OptionError
-from rarefy.nn import SparseConv2d
+from rarefy.nn import SparseConv2d, SparseModule
 from rarefy.patterns import Pattern
 
 
@@ -44,6 +47,9 @@ class Layer(ABC):
         self.groups, self.units_per_group = pattern.units(self.shape)
         self.owns_bias = False  # set by the engine: an output unit's bias lives and dies with its weights
         self._dead: Tensor | None = None  # output units that keep nothing, where that is known
+        self._factors: Passes[Factors] = Passes()
+        self.resting = 0  # weights that are trained and not kept: see `rarefy.engine.reserve`
+        self.further_gradients = 0  # of weights that are not kept: how many were computed since the engine last asked
 
     @classmethod
     @abstractmethod
@@ -130,8 +136,17 @@ class Layer(ABC):
         """Return the weight as a dense tensor, detached, zero where it is not kept. Not for writing."""
 
     @abstractmethod
-    def counts(self, chosen: Tensor | None = None) -> Tensor:
-        """Return how many units each group keeps, or has among the chosen ones; int64 [groups]."""
+    def values(self) -> Tensor:
+        """Return a copy of the kept weights, in the order of their places in the flattened weight; [nnz]."""
+
+    @property
+    def learning_rate(self) -> float:
+        """What the optimizer multiplies this weight's update by now; 0 where no optimizer holds it."""
+        return self._optimizers.learning_rate(self.target.parameter)
+
+    @abstractmethod
+    def counts(self, *chosen: Tensor) -> Tensor:
+        """Return how many units each group keeps, or has among all that are chosen; int64 [groups]."""
 
     @abstractmethod
     def kept_per_output(self) -> Tensor:
@@ -145,6 +160,10 @@ class Layer(ABC):
     @abstractmethod
     def kept_per_input(self) -> Tensor:
         """Return how many weights read each input (dimension 1, of each channel group); int64 [groups * shape[1]]."""
+
+    @abstractmethod
+    def mean_gradient(self) -> float:
+        """Return the mean |dense gradient| of the kept weights; as `largest_gradients`, of what was collected."""
 
     @abstractmethod
     def explored(self) -> int:
@@ -175,12 +194,12 @@ class Layer(ABC):
     # --- choosing units (opaque results) ----------------------------------------------------------------------------
 
     @abstractmethod
-    def best(self, scores: Tensor, counts: Tensor) -> Tensor:
-        """Choose in each group the units with the largest summed `scores` (weight-shaped)."""
+    def kept(self, where: Tensor | None = None) -> Tensor:
+        """Choose the kept units: all, or those with a weight where `where` (bool [nnz], in the order of `values`) is True."""
 
     @abstractmethod
-    def holding(self, positions: Tensor) -> Tensor:
-        """Choose the units that hold the weights at these flat positions; int64, in any order, repeats allowed."""
+    def best(self, scores: Tensor, counts: Tensor) -> Tensor:
+        """Choose in each group the units with the largest summed `scores` (weight-shaped)."""
 
     @abstractmethod
     def largest_magnitudes(self, counts: Tensor | int) -> Tensor:
@@ -191,8 +210,10 @@ class Layer(ABC):
         """Choose units uniformly at random, none of them in `besides`."""
 
     @abstractmethod
-    def largest_gradients(self, counts: Tensor, *, besides: Tensor) -> Tensor:
-        """Choose the units with the largest sum of |dense gradient|, none of them in `besides`.
+    def largest_gradients(self, counts: Tensor | int, *, besides: Tensor | None = None) -> Tensor:
+        """Choose the units with the largest sum of |dense gradient|: so many in each group, or (int) in all.
+
+        None of them is in `besides`.
 
         The method must have asked for this step's dense gradient (`Method.wants_gradient`).
         """
@@ -200,6 +221,55 @@ class Layer(ABC):
     @abstractmethod
     def spread(self, chosen: Tensor) -> Tensor:
         """Return where the chosen units' weights are: bool, weight-shaped."""
+
+    # --- connections: single weights, by their places in the flattened weight (int64, ascending) -----------------------
+
+    @property
+    def is_product(self) -> bool:
+        """Whether the weight's gradient is a sum of outer products that can be seen: of a Linear or Conv2d's own weight."""
+        return isinstance(self.module, nn.Linear | nn.Conv2d | SparseModule) and not self.target.aliases
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether finite factors were collected for this step, on any rank; every rank must ask."""
+        device = self.target.parameter.device
+        overflow = any(not bool(t.isfinite().all()) for part in self._factors.parts for t in part[:2])
+        return on_any_rank(bool(self._factors.parts), device) and not on_any_rank(overflow, device)
+
+    def sample_connections(self, draws: int, by: str, generator: torch.Generator) -> Tensor:
+        """Draw absent connections with replacement, guided by this step's factors; return the different ones.
+
+        `by` is "uniform", "grabo" or "graest": see `rarefy.engine.factors.draw`. The method must have asked for the
+        factors (`Method.wants_factors`).
+        """
+        groups = int(getattr(self.module, "groups", 1))
+        places = draw(self._factors.parts, self.shape, groups, draws, by, generator).to(self.target.parameter.device)
+        return places[~self._keeps(places)]
+
+    def absent_connections(self) -> Tensor:
+        """Return all connections that are not kept."""
+        places = torch.arange(self.numel, device=self.target.parameter.device)
+        return places[~self._keeps(places)]
+
+    def gradients_at(self, places: Tensor) -> Tensor:
+        """Return the gradient of these connections from this step's factors, averaged over ranks."""
+        self.further_gradients += places.numel()
+        rows, total = self.shape[0], torch.zeros(places.shape, dtype=self._wide, device=places.device)
+        for part in self._factors.parts:
+            total += part.at(places, rows, self.numel // rows, self._wide)
+        return average(total)
+
+    @property
+    def _wide(self) -> torch.dtype:
+        return torch.promote_types(self.target.parameter.dtype, torch.float32)
+
+    @abstractmethod
+    def _keeps(self, places: Tensor) -> Tensor:
+        """Tell which of these connections are kept; bool."""
+
+    @abstractmethod
+    def at(self, places: Tensor) -> Tensor:
+        """Choose the units that hold these connections, which may come in any order and repeat."""
 
     # --- changing ---------------------------------------------------------------------------------------------------
 
@@ -222,6 +292,10 @@ class Layer(ABC):
     @abstractmethod
     def set_weight(self, weight: Tensor) -> None:
         """Give the kept weights the values of a dense weight (weight-shaped); the others stay zero."""
+
+    @abstractmethod
+    def write(self, values: Tensor) -> None:
+        """Set the kept weights, in the order of `values`."""
 
     @abstractmethod
     def scale_outputs(self, factors: Tensor) -> None:
@@ -262,8 +336,15 @@ class Layer(ABC):
         """Enforce, and close the sum of gradients: what comes after this optimizer's step is not part of it."""
 
     @abstractmethod
-    def watch_gradient(self, wanted: bool) -> None:
-        """Collect the dense gradient of the coming step, or forget what was collected."""
+    def watch_gradient(self, wanted: bool, carry: float | None = 0.0) -> None:
+        """Collect the dense gradient of the coming step, or forget what was collected.
+
+        What earlier steps collected goes in `carry` times. None: the step that is under way begins anew.
+        """
+
+    @abstractmethod
+    def watch_factors(self, wanted: bool) -> None:
+        """Collect what the gradient of the coming step is made of, or forget what was collected."""
 
     @property
     @abstractmethod

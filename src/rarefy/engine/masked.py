@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,9 +11,11 @@ from torch.utils.hooks import RemovableHandle
 
 from rarefy import kernels
 from rarefy.engine.distributed import active, average, from_first_rank, on_any_rank
+from rarefy.engine.factors import watch_module
 from rarefy.engine.layer import Change, Layer
 from rarefy.engine.loading import AfterLoad
 from rarefy.engine.optimizer_state import Optimizers
+from rarefy.engine.passes import GradientSum
 from rarefy.engine.selection import Target
 from rarefy.errors import OptionError, RarefyError, SelectionError, StateError
 from rarefy.kernels.sampling import sample
@@ -45,7 +46,8 @@ class MaskedLayer(Layer):
         self._on_load = on_load
         self._attached = False
         self._handles: list[RemovableHandle] = []
-        self._gradient = _GradientSum()
+        self._gradient = GradientSum()
+        self._end: RemovableHandle | None = None
         # What load_state_dict brought, until the next step, and the weight's version once it was masked.
         self._loaded: tuple[Tensor, int] | None = None
 
@@ -78,8 +80,11 @@ class MaskedLayer(Layer):
     def live_weight(self) -> Tensor:
         return self.parameter
 
-    def counts(self, chosen: Tensor | None = None) -> Tensor:
-        return (self._kept_units() if chosen is None else chosen).sum(dim=1)
+    def values(self) -> Tensor:
+        return self.parameter.detach()[self._here()]
+
+    def counts(self, *chosen: Tensor) -> Tensor:
+        return (_union(*chosen) if chosen else self._kept_units()).sum(dim=1)
 
     def kept_per_output(self) -> Tensor:
         return self._mask.flatten(1).sum(dim=1)
@@ -99,25 +104,37 @@ class MaskedLayer(Layer):
     def best(self, scores: Tensor, counts: Tensor) -> Tensor:
         return self._top(self.pattern.pool(scores), counts)
 
-    def holding(self, positions: Tensor) -> Tensor:
-        flat = torch.zeros(self.numel, dtype=torch.bool, device=self._mask.device)
-        flat[positions.to(flat.device)] = True
-        return self.pattern.pool(flat, self.shape) > 0
+    def kept(self, where: Tensor | None = None) -> Tensor:
+        if where is None:
+            return self._kept_units()
+        mask = self._here()
+        return self._units(torch.zeros_like(mask).masked_scatter_(mask, where.to(mask.device)))
 
     def largest_magnitudes(self, counts: Tensor | int) -> Tensor:
-        scores = self.pattern.pool(self.weight().abs()).masked_fill(~self._kept_units(), -1)
-        if isinstance(counts, int):
-            return self._top(scores.reshape(-1), counts).view_as(scores)
-        return self._top(scores, counts)
+        return self._top(self.pattern.pool(self.weight().abs()).masked_fill(~self._kept_units(), -1), counts)
 
-    def largest_gradients(self, counts: Tensor, *, besides: Tensor) -> Tensor:
+    def largest_gradients(self, counts: Tensor | int, *, besides: Tensor | None = None) -> Tensor:
+        scores = self.pattern.pool(self._dense_gradient().abs())
+        return self._top(scores if besides is None else scores.masked_fill(besides, -1), counts)
+
+    def _keeps(self, places: Tensor) -> Tensor:
+        return self._here().view(-1)[places]
+
+    def at(self, places: Tensor) -> Tensor:
+        flat = torch.zeros(self.numel, dtype=torch.bool, device=self._mask.device)
+        flat[places.to(flat.device)] = True
+        return self._units(flat.view(self.shape))
+
+    def mean_gradient(self) -> float:
+        return float(self._dense_gradient()[self._here()].abs().mean(dtype=torch.float64))
+
+    def _dense_gradient(self) -> Tensor:
         gradient = self._gradient.total
         if gradient is None:  # another rank may have seen one
             if not active():
                 raise RarefyError(f"{self.name} {list(self.shape)}: no dense gradient was collected for this step.")
             gradient = torch.zeros_like(self.parameter)
-        scores = self.pattern.pool(average(gradient).abs())
-        return self._top(scores.masked_fill(besides, -1), counts)
+        return average(gradient)
 
     def random(self, counts: Tensor, generator: torch.Generator, *, besides: Tensor | None = None) -> Tensor:
         shape = (self.groups, self.units_per_group)
@@ -139,10 +156,7 @@ class MaskedLayer(Layer):
     # --- changing ---------------------------------------------------------------------------------------------------
 
     def rewire(self, *chosen: Tensor) -> Change:
-        units = chosen[0]
-        for more in chosen[1:]:
-            units = units | more
-        return self.keep(self.pattern.expand(units, self.shape))
+        return self.keep(self.pattern.expand(_union(*chosen), self.shape))
 
     @torch.no_grad()
     def keep(self, mask: Tensor) -> Change:
@@ -150,14 +164,14 @@ class MaskedLayer(Layer):
             raise StateError(
                 f"{self.name}: a mask must be bool {list(self.shape)}, not {mask.dtype} {list(mask.shape)}."
             )
-        old = self._here()
+        old, taught = self._here(), self._taught()
         mask = mask.to(old.device)
         kept = int(mask.sum())
         dropped = int((old & ~mask).sum()) if self._nnz < self.numel else self.numel - kept
         change = Change(dropped, kept - (self._nnz - dropped))
         if self._attached:
-            changed = old ^ mask
             self._set(mask, kept)
+            changed = taught ^ self._taught()
             self.enforce()
             if self.parameter.grad is not None:
                 self.parameter.grad.masked_fill_(changed, 0)
@@ -189,6 +203,10 @@ class MaskedLayer(Layer):
         self.enforce()
 
     @torch.no_grad()
+    def write(self, values: Tensor) -> None:
+        self.parameter.masked_scatter_(self._here(), values.to(self.parameter))
+
+    @torch.no_grad()
     def scale_outputs(self, factors: Tensor) -> None:
         weight = self.parameter
         weight.mul_(factors.to(weight).view(-1, *[1] * (weight.ndim - 1)))
@@ -212,6 +230,7 @@ class MaskedLayer(Layer):
         self._handles.clear()
         self._attached, self._loaded = False, None
         self._gradient.watch(None)
+        self.watch_factors(False)
 
     @torch.no_grad()
     def enforce(self) -> None:
@@ -225,6 +244,7 @@ class MaskedLayer(Layer):
     def after_step(self) -> None:
         self.enforce()
         self._gradient.close()
+        self._end_factors()
 
     def _hook_parameter(self) -> None:
         """Watch the parameter that the module holds now: it may have been replaced, swapped, or unfrozen, at any time."""
@@ -235,7 +255,7 @@ class MaskedLayer(Layer):
         self._handles.append(parameter.register_post_accumulate_grad_hook(self._after_backward))
         if self._nnz < self.numel:  # what came before the hook was not masked
             self.mask_gradient()
-            self._optimizers.refresh(parameter, ~self._here())
+            self._optimizers.refresh(parameter, ~self._taught())
 
     @torch.no_grad()
     def _after_backward(self, parameter: Tensor) -> None:
@@ -243,22 +263,36 @@ class MaskedLayer(Layer):
         if parameter.grad is None or parameter is not self.parameter:
             return
         self._gradient.commit()
+        self._factors.commit(parameter.grad)
         self.mask_gradient()
         self._gradient.leave(parameter.grad)
 
     def mask_gradient(self) -> None:
         if self._nnz < self.numel and self.parameter.grad is not None:
-            kernels.apply_mask_(self.parameter.grad, self._here())
+            kernels.apply_mask_(self.parameter.grad, self._taught())
 
-    def watch_gradient(self, wanted: bool) -> None:
-        self._gradient.watch(self.parameter if wanted else None)
+    def watch_gradient(self, wanted: bool, carry: float | None = 0.0) -> None:
+        self._gradient.watch(self.parameter if wanted else None, carry)
+
+    def watch_factors(self, wanted: bool) -> None:
+        self._end_factors()
+        self._factors.begin()
+        if wanted:
+            self._end = watch_module(self.module, self.parameter, self._factors)
+        else:
+            self._factors.close()
+
+    def _end_factors(self) -> None:
+        self._factors.close()
+        if self._end is not None:
+            self._end.remove()
+        self._end = None
 
     @property
     def has_gradient(self) -> bool:
-        total, device = self._gradient.total, self._mask.device
         # Outside the mask GradScaler does not see an overflow; scores that are not numbers must not decide.
-        overflow = on_any_rank(total is not None and not bool(torch.isfinite(total).all()), device)
-        return on_any_rank(total is not None, device) and not overflow
+        overflow = on_any_rank(not self._gradient.finite, self._mask.device)
+        return on_any_rank(self._gradient.total is not None, self._mask.device) and not overflow
 
     @torch.no_grad()
     def after_load(self) -> None:
@@ -285,10 +319,11 @@ class MaskedLayer(Layer):
             "pattern": str(self.pattern),
             "mask": kernels.pack_mask(self._mask.cpu()),
             "explored": None if self._ever is None else kernels.pack_mask(self._ever.cpu()),
+            "gradient": self._gradient.past,
         }
 
     def check_state(self, state: object) -> None:
-        if not isinstance(state, dict) or not {"shape", "pattern", "mask", "explored"} <= state.keys():
+        if not isinstance(state, dict) or not {"shape", "pattern", "mask", "explored", "gradient"} <= state.keys():
             raise StateError(f"{self.name}: the saved state of this layer is incomplete.")
         for key, mine in (("shape", list(self.shape)), ("pattern", str(self.pattern))):
             if state[key] != mine:
@@ -301,6 +336,9 @@ class MaskedLayer(Layer):
                 raise StateError(
                     f"{self.name} {list(self.shape)}: the saved {key} is not a bit mask of {self.numel} bits."
                 )
+        gradient = state["gradient"]
+        if gradient is not None and (not isinstance(gradient, Tensor) or tuple(gradient.shape) != self.shape):
+            raise StateError(f"{self.name} {list(self.shape)}: the saved gradient is not one of this weight.")
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -313,6 +351,7 @@ class MaskedLayer(Layer):
         self._mask, self._nnz, self._dead = mask, int(mask.sum()), None
         ever = state["explored"]
         self._ever = None if ever is None else kernels.unpack_mask(ever, self.shape).to(device)
+        self._gradient.past = None if state["gradient"] is None else state["gradient"].to(device)
         if self._attached:
             self.enforce()
 
@@ -325,58 +364,30 @@ class MaskedLayer(Layer):
             self._mask = self._mask.to(device)
         return self._mask
 
+    def _taught(self) -> Tensor:
+        """Where gradients reach the optimizer, bool."""
+        return self._here()
+
     def _top(self, scores: Tensor, counts: Tensor | int) -> Tensor:
         try:
+            if isinstance(counts, int):
+                return kernels.select_k(scores.reshape(-1), counts).view_as(scores)
             return kernels.select_k(scores, counts)
         except OptionError as error:  # NaN: training has diverged
             raise OptionError(f"{self.name} {list(self.shape)}: {error}; try a lower learning rate") from error
 
     def _kept_units(self) -> Tensor:
-        mask = self._here()
+        return self._units(self._here())
+
+    def _units(self, mask: Tensor) -> Tensor:
+        """Return which units hold a weight where the mask is True."""
         if self.pattern.unit_size(self.shape) == 1:
             return self.pattern.pool(mask)
         return self.pattern.pool(mask.float()) > 0
 
 
-class _GradientSum:
-    """The dense gradient of one optimizer step, summed over its backward passes as `.grad` itself is.
-
-    A tensor hook sees each pass's own gradient before it is accumulated (and masked); the sum takes it in once the pass
-    has been accumulated, so that `torch.autograd.grad` leaves no trace. It begins anew when `.grad` was dropped or zeroed.
-    """
-
-    def __init__(self) -> None:
-        self.total: Tensor | None = None
-        self._handle: RemovableHandle | None = None
-        self._pass: tuple[Tensor, bool] | None = None
-        self._left_zero = False
-
-    def watch(self, parameter: nn.Parameter | None) -> None:
-        """Begin a new sum for this parameter; None: forget it."""
-        self.close()
-        self.total, self._left_zero = None, False
-        if parameter is not None and parameter.requires_grad:
-            weak = weakref.ref(parameter)
-            self._handle = parameter.register_hook(lambda gradient: self._see(gradient, weak()))
-
-    def close(self) -> None:
-        """Take in nothing more."""
-        if self._handle is not None:
-            self._handle.remove()
-        self._handle, self._pass = None, None
-
-    def _see(self, gradient: Tensor, parameter: Tensor | None) -> None:
-        old = None if parameter is None else parameter.grad
-        self._pass = (gradient.detach(), old is None or (not self._left_zero and not bool(old.any())))
-
-    def commit(self) -> None:
-        """Take in the pass that was seen last."""
-        if self._pass is not None:
-            gradient, anew = self._pass
-            self.total = gradient.clone() if anew or self.total is None else self.total.add_(gradient)
-            self._pass = None
-
-    def leave(self, grad: Tensor) -> None:
-        """Remember whether the masked sum is zero by itself, and not because it was zeroed."""
-        if self._handle is not None:
-            self._left_zero = not bool(grad.any())
+def _union(*chosen: Tensor) -> Tensor:
+    units = chosen[0]
+    for more in chosen[1:]:
+        units = units | more
+    return units

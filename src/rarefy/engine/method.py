@@ -33,6 +33,10 @@ class Method:
     needs_calibration: ClassVar[bool] = False  # looks at data before training; a property where options decide it
     keeps_calibration: ClassVar[bool] = False  # and again while it trains
     prunes: ClassVar[bool] = True  # makes zeros: without that it has no sparse layers, and all work is in `model`
+    reserves: ClassVar[bool] = False  # dropped weights keep their values: see `rarefy.engine.reserve`
+
+    def __post_init__(self) -> None:
+        """Raise OptionError where an option, or two together, cannot be."""
 
     def model(self, build: Callable[[float], nn.Module], example: Any = None) -> nn.Module:
         """Build the network that this method trains.
@@ -80,6 +84,14 @@ class Method:
 
     def wants_gradient(self, sparse: Sparsifier, step: int) -> bool:
         """Whether the dense gradient of this step (1-based) is needed."""
+        return False
+
+    def carries_gradient(self, sparse: Sparsifier, step: int) -> float:
+        """How many times the dense gradient gathered in earlier steps counts beside this step's own; 0: not at all."""
+        return 0.0
+
+    def wants_factors(self, sparse: Sparsifier, step: int) -> bool:
+        """Whether what this step's gradient is made of is needed: the layers' inputs and output gradients."""
         return False
 
     def after_step(self, sparse: Sparsifier, step: int) -> None:

@@ -41,6 +41,10 @@ class Optimizers:
                     found.setdefault(id(parameter), []).append(optimizer)
         return found
 
+    def learning_rate(self, parameter: nn.Parameter) -> float:
+        """Return the learning rate of the group that holds the parameter (of several: the first); 0 where none does."""
+        return next((float(group["lr"]) for _, group in self._groups(parameter)), 0.0)
+
     @torch.no_grad()
     def refresh(self, parameter: nn.Parameter, where: Tensor) -> None:
         """Set every per-element state tensor of `parameter` to its fresh value wherever `where` (bool) is True."""
@@ -131,14 +135,8 @@ class Optimizers:
                     yield optimizer, group
 
 
-def was_skipped(optimizer: Optimizer) -> bool:
-    """Whether GradScaler let a fused optimizer run a step that its kernel skipped because of infinities."""
-    found = getattr(optimizer, "found_inf", None)
-    return isinstance(found, Tensor) and bool(found.item())
-
-
 def check_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
-    """Return the optimizers as a list; raises OptionError for what cannot be followed."""
+    """Return the optimizers as a list; raise OptionError for what has no step to follow."""
     if optimizer is None:
         return []
     optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
@@ -154,6 +152,12 @@ def check_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None) -> list[
                 "optimizer that it wraps, or leave it out and call sparse.step() after each of its steps."
             )
     return optimizers
+
+
+def was_skipped(optimizer: Optimizer) -> bool:
+    """Whether GradScaler let a fused optimizer run a step that its kernel skipped because of infinities."""
+    found = getattr(optimizer, "found_inf", None)
+    return isinstance(found, Tensor) and bool(found.item())
 
 
 def inside_another_step(optimizer: Optimizer) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 from rarefy import allocation
 from rarefy.engine.layer import Layer
 from rarefy.errors import AllocationError, SelectionError
+from rarefy.kernels import select_k
 from rarefy.scores import lamp
 
 Rule = str | Mapping[str, float]
@@ -66,6 +67,21 @@ def share(
             f"These layers keep no weight at all, so nothing passes through them: {', '.join(empty)}.", stacklevel=3
         )
     return result
+
+
+def largest_across(scores: Mapping[str, Tensor], count: int, *, each: int = 0) -> dict[str, Tensor]:
+    """Mark the `count` largest scores over several layers together, but at least `each` of every layer; bool, per layer.
+
+    Ties go to the earlier layer, then to the lower index. Scores are vectors, not negative.
+    """
+    device = next(iter(scores.values())).device
+    flat = torch.cat([s.to(device) for s in scores.values()])
+    sizes, start = [s.numel() for s in scores.values()], 0
+    for part, size in zip(scores.values(), sizes, strict=True):
+        flat[start : start + size].masked_fill_(select_k(part, min(each, size)).to(device), torch.inf)
+        start += size
+    chosen = select_k(flat, count).split(sizes)
+    return {name: part.to(scores[name].device) for name, part in zip(scores, chosen, strict=True)}
 
 
 def is_scored(rule: Rule) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from rarefy.engine.loading import AfterLoad
 from rarefy.engine.masked import MaskedLayer
 from rarefy.engine.method import Method
 from rarefy.engine.optimizer_state import Optimizers, check_optimizers, inside_another_step, was_skipped
+from rarefy.engine.reserve import RESERVING, show
 from rarefy.engine.selection import LeftOut, Selector, Target, check_fit, find_targets, leave_all, list_weights
 from rarefy.engine.state import FORMAT, check_plain_parts, plain
 from rarefy.engine.summary import Row, Summary
@@ -27,7 +28,10 @@ from rarefy.metrics.flops import flops
 from rarefy.nn import SparseModule
 from rarefy.patterns import Pattern, parse_pattern
 
-STORAGES: dict[str, type[MaskedLayer] | type[CompressedLayer]] = {"masked": MaskedLayer, "compressed": CompressedLayer}
+STORAGES: Mapping[str, type[MaskedLayer] | type[CompressedLayer]] = {
+    "masked": MaskedLayer,
+    "compressed": CompressedLayer,
+}
 Loss = Callable[[nn.Module, Any], Tensor]
 
 
@@ -79,7 +83,7 @@ class Sparsifier:
         self.generator = torch.Generator().manual_seed(seed)
         self._optimizers = Optimizers(check_optimizers(optimizer))
         self._dense_gradient_steps = 0
-        self._watching = False
+        self._watching = self._factors_wanted = False
         self._reloaded: dict[str, int] = {}
         self._handles: list[RemovableHandle] = []
         self._following: list[RemovableHandle] = []
@@ -92,13 +96,14 @@ class Sparsifier:
         pattern: Pattern = parse_pattern(getattr(method, "pattern", "unstructured"))
         check_fit(pattern, targets)
         _check_free(targets)
-        make = STORAGES[storage]
+        make = (RESERVING if method.reserves else STORAGES)[storage]
         make.check(model, targets, pattern, self._optimizers)
         self.layers: dict[str, Layer] = {
             t.name: make(t, pattern, self._optimizers, on_change=self._changed, on_load=self._loaded) for t in targets
         }
         penalties.prepare(method, self.layers, self._optimizers)
         self._kept_steps = dict.fromkeys(self.layers, 0)
+        self._further_gradients = dict.fromkeys(self.layers, 0)
         method.check(self)
         if state is None:
             method.choose(self)
@@ -167,7 +172,8 @@ class Sparsifier:
 
     def training_cost(self) -> dict[str, Cost]:
         """Return, for every layer, the sums that training FLOPs are counted from."""
-        return {n: Cost(self.step_count, self._kept_steps[n], self._dense_gradient_steps) for n in self.layers}
+        dense, further = self._dense_gradient_steps, self._further_gradients
+        return {n: Cost(self.step_count, kept, dense, further[n]) for n, kept in self._kept_steps.items()}
 
     def summary(self, example_input: Any = None) -> Summary:
         """Return a table of the layers; with an example input, also of their FLOPs (one forward pass is run)."""
@@ -212,6 +218,10 @@ class Sparsifier:
             layer.after_step()
         self._advance()
 
+    def _before_optimizer_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return show([layer for layer in self.layers.values() if id(layer.target.parameter) in held], args, kwargs)
+
     def _after_optimizer_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if inside_another_step(optimizer):
             return
@@ -229,7 +239,8 @@ class Sparsifier:
         for layer in mine:
             layer.after_step()
             if skipped:
-                layer.watch_gradient(self._watching)
+                layer.watch_gradient(self._watching, carry=None)
+                layer.watch_factors(self._factors_wanted)
             else:
                 penalties.proximal_step(self, layer)
         if is_clock and not skipped:
@@ -241,14 +252,22 @@ class Sparsifier:
         self._dense_gradient_steps += self._watching
         for name, layer in self.layers.items():
             self._kept_steps[name] += layer.nnz
+            self._further_gradients[name] += layer.resting
         with torch.no_grad():
             self.method.after_step(self, self.step_count)
+        for name, layer in self.layers.items():
+            self._further_gradients[name] += layer.further_gradients
+            layer.further_gradients = 0
         self._prepare_next_step()
 
-    def _prepare_next_step(self) -> None:
-        self._watching = self.method.wants_gradient(self, self.step_count + 1)
+    def _prepare_next_step(self, *, resumed: bool = False) -> None:
+        step = self.step_count + 1
+        self._watching = self.method.wants_gradient(self, step)
+        carry = None if resumed else self.method.carries_gradient(self, step)
+        self._factors_wanted = self.method.wants_factors(self, step)
         for layer in self.layers.values():
-            layer.watch_gradient(self._watching)
+            layer.watch_gradient(self._watching, carry)
+            layer.watch_factors(self._factors_wanted)
 
     def _changed(self, layer: Layer, change: Change) -> None:
         self.events.append(Event(self.step_count, layer.name, change.dropped, change.grown, layer.nnz))
@@ -270,6 +289,8 @@ class Sparsifier:
         for handle in self._following:
             handle.remove()
         self._following = [o.register_step_post_hook(self._after_optimizer_step) for o in self._optimizers.all]
+        if self.method.reserves:
+            self._following += [o.register_step_pre_hook(self._before_optimizer_step) for o in self._optimizers.all]
         if penalties.has_penalty(self.method):
             hook = penalties.PenaltyHook(self)
             self._following += [o.register_step_pre_hook(hook) for o in self._optimizers.all]
@@ -340,6 +361,7 @@ class Sparsifier:
             "generator": self.generator.get_state(),
             "dense_gradient_steps": self._dense_gradient_steps,
             "kept_steps": dict(self._kept_steps),
+            "further_gradients": dict(self._further_gradients),
             "events": torch.tensor(rows, dtype=torch.int64).reshape(-1, 5),
             "memory": dict(self.memory),
             "layers": {name: layer.state_dict() for name, layer in self.layers.items()},
@@ -364,8 +386,9 @@ class Sparsifier:
         self.memory = dict(state["memory"])
         self._dense_gradient_steps = state["dense_gradient_steps"]
         self._kept_steps = dict(state["kept_steps"])
+        self._further_gradients = dict(state["further_gradients"])
         self._reloaded = {}
-        self._prepare_next_step()
+        self._prepare_next_step(resumed=True)
 
     def _check_state(self, state: dict[str, Any]) -> None:
         if not isinstance(state, dict) or state.get("format") != FORMAT:
@@ -382,7 +405,7 @@ class Sparsifier:
                     f"{mine.get(option)!r} now. Make the sparsifier with the same options."
                 )
         layers = state["layers"]
-        if list(layers) != list(self.layers) or list(state["kept_steps"]) != list(self.layers):
+        if any(list(part) != list(self.layers) for part in (layers, state["kept_steps"], state["further_gradients"])):
             odd = set(layers) ^ set(self.layers)
             raise StateError(
                 f"The state is of another model: these layers differ: {', '.join(sorted(odd)) or 'their order'}."

@@ -20,6 +20,7 @@ _PARTS: dict[str, type | tuple[type, ...]] = {
     "generator": Tensor,
     "dense_gradient_steps": int,
     "kept_steps": dict,
+    "further_gradients": dict,
     "events": Tensor,
     "memory": dict,
     "layers": dict,

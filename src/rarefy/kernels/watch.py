@@ -8,7 +8,9 @@ from typing import Any
 from torch import Tensor
 
 See = Callable[..., None]
-_watchers: dict[int, See] = {}  # by the address of `crow`, which survives changes in place and every kind of tracing
+_watchers: dict[
+    int, list[See]
+] = {}  # by the address of `crow`, which survives changes in place and every kind of tracing
 
 
 def watch(crow: Tensor, see: See) -> Callable[[], None]:
@@ -18,11 +20,13 @@ def watch(crow: Tensor, see: See) -> Callable[[], None]:
     Returns a function that ends the watch.
     """
     place = crow.data_ptr()
-    _watchers[place] = see
+    _watchers.setdefault(place, []).append(see)
 
     def end() -> None:
-        if _watchers.get(place) is see:
-            del _watchers[place]
+        if see in (found := _watchers.get(place, [])):
+            found.remove(see)
+            if not found:
+                del _watchers[place]
 
     return end
 
@@ -31,8 +35,9 @@ def watched(gradient: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Return the values-gradient operator with a look-out for watchers."""
 
     def run(x: Tensor, dy: Tensor, crow: Tensor, col: Tensor, *geometry: Any) -> Tensor:
-        if _watchers and (see := _watchers.get(crow.data_ptr())) is not None:
-            see(x, dy, *geometry)
+        if _watchers:
+            for see in _watchers.get(crow.data_ptr(), ()):
+                see(x, dy, *geometry)
         return gradient(x, dy, crow, col, *geometry)
 
     return run

@@ -3,19 +3,119 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
-from rarefy.engine import Family, Layer, Sparsifier
+from rarefy.engine import Family, Layer, Method, Sparsifier
 from rarefy.engine.options import check_clock, check_decay, check_fraction
-from rarefy.methods.static import Static
+from rarefy.errors import OptionError
+from rarefy.methods.static import RandomStart, Static
 from rarefy.schedules import Clock, decay
 
 
 @dataclass(frozen=True, kw_only=True)
-class SET(Static):
+class Rewiring(Method):
+    """What all methods that rewire on a clock share: when they do."""
+
+    usual_stop: ClassVar[float | None] = None  # None: as long as training goes on
+    every: int = 100
+    start: int | float = 0
+    stop: int | float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_clock(self.every, self.start, self.stop)
+
+    def clock(self, total_steps: int | None) -> Clock:
+        stop = self.usual_stop if self.stop is None and total_steps is not None else self.stop
+        return Clock(every=self.every, start=self.start, stop=stop, total=total_steps)
+
+    def due(self, sparse: Sparsifier, step: int) -> bool:
+        """Whether masks change after this step: not after a run's last one, where what grows could not learn any more."""
+        ends = sparse.clock.last is None and step == sparse.total_steps
+        return sparse.clock.due(step) and not ends
+
+    def after_step(self, sparse: Sparsifier, step: int) -> None:
+        if self.due(sparse, step):
+            self.update(sparse, step)
+
+    def update(self, sparse: Sparsifier, step: int) -> None:
+        """Change the masks after optimizer step `step`."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DropAndGrow(Rewiring, RandomStart):
+    """What SET and its kin share: in each layer, drop a fraction of the smallest weights and grow as many."""
+
+    usual_stop: ClassVar[float | None] = 0.75
+    drop_fraction: float = 0.3
+    decay: str = "cosine"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_fraction("drop_fraction", self.drop_fraction, zero=False)
+        check_decay(self.decay)
+
+    def fraction(self, sparse: Sparsifier, step: int) -> float:
+        """Return f(t), the fraction of each layer's kept weights that the update drops."""
+        return decay(self.decay)(self.drop_fraction, sparse.clock.progress(step))
+
+    def update(self, sparse: Sparsifier, step: int) -> None:
+        fraction = self.fraction(sparse, step)
+        for layer in self.ready(sparse):
+            kept = layer.counts()
+            survivors = layer.largest_magnitudes(int(kept.sum()) - int(fraction * int(kept.sum())))
+            layer.rewire(survivors, self.grow(sparse, layer, kept - layer.counts(survivors), survivors))
+
+    def ready(self, sparse: Sparsifier) -> Iterator[Layer]:
+        """Yield the layers that have what the growth rule looks at; a warning names the others."""
+        unseen = []
+        for layer in sparse.layers.values():
+            if self.can_grow(layer):
+                yield layer
+            else:
+                unseen.append(layer.name)
+        if unseen:
+            warnings.warn(
+                f"No finite gradient reached {', '.join(unseen)}: their masks stay as they are.", stacklevel=2
+            )
+
+    def can_grow(self, layer: Layer) -> bool:
+        """Whether the layer has what the growth rule looks at."""
+        return True
+
+    def grow(self, sparse: Sparsifier, layer: Layer, counts: Tensor, survivors: Tensor) -> Tensor:
+        """Choose the units to grow, outside the survivors."""
+        return layer.random(counts, sparse.generator, besides=survivors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholeRun(DropAndGrow):
+    """What ITOP and SNFS share: updates until training ends, of a fraction that starts high and falls to a small one."""
+
+    usual_stop: ClassVar[float | None] = None
+    drop_fraction: float = 0.5
+    final_fraction: float = 0.005
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_fraction("final_fraction", self.final_fraction)
+        if self.final_fraction > self.drop_fraction:
+            raise OptionError(
+                f"final_fraction={self.final_fraction} must not be above drop_fraction={self.drop_fraction}."
+            )
+
+    def fraction(self, sparse: Sparsifier, step: int) -> float:
+        falling = decay(self.decay)(self.drop_fraction - self.final_fraction, sparse.clock.progress(step))
+        return self.final_fraction + falling
+
+
+@dataclass(frozen=True, kw_only=True)
+class SET(DropAndGrow, Static):
     """Sparse evolutionary training: every few steps, drop the smallest weights and grow as many at random.
 
     Mocanu et al. 2018, Nature Communications 9 (arXiv 1707.04780); in the form that Evci et al. 2020 (arXiv 1911.11134)
@@ -45,46 +145,6 @@ class SET(Static):
 
     name: ClassVar[str] = "set"
     family: ClassVar[Family] = "sparse to sparse"
-    drop_fraction: float = 0.3
-    every: int = 100
-    start: int | float = 0
-    stop: int | float | None = None
-    decay: str = "cosine"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_fraction("drop_fraction", self.drop_fraction, zero=False)
-        check_clock(self.every, self.start, self.stop)
-        check_decay(self.decay)
-
-    def clock(self, total_steps: int | None) -> Clock:
-        stop = self.stop if self.stop is not None or total_steps is None else 0.75
-        return Clock(every=self.every, start=self.start, stop=stop, total=total_steps)
-
-    def after_step(self, sparse: Sparsifier, step: int) -> None:
-        if not sparse.clock.due(step):
-            return
-        fraction = decay(self.decay)(self.drop_fraction, sparse.clock.progress(step))
-        unseen = []
-        for layer in sparse.layers.values():
-            if not self.can_grow(layer):
-                unseen.append(layer.name)
-                continue
-            kept = layer.counts()
-            survivors = layer.largest_magnitudes(int(kept.sum()) - int(fraction * int(kept.sum())))
-            layer.rewire(survivors, self.grow(sparse, layer, kept - layer.counts(survivors), survivors))
-        if unseen:
-            warnings.warn(
-                f"No finite gradient reached {', '.join(unseen)}: their masks stay as they are.", stacklevel=2
-            )
-
-    def can_grow(self, layer: Layer) -> bool:
-        """Whether the layer has what the growth rule looks at."""
-        return True
-
-    def grow(self, sparse: Sparsifier, layer: Layer, counts: Tensor, survivors: Tensor) -> Tensor:
-        """Choose the units to grow, outside the survivors."""
-        return layer.random(counts, sparse.generator, besides=survivors)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +166,7 @@ class RigL(SET):
     family: ClassVar[Family] = "sparse to sparse"
 
     def wants_gradient(self, sparse: Sparsifier, step: int) -> bool:
-        return sparse.clock.due(step)
+        return self.due(sparse, step)
 
     def can_grow(self, layer: Layer) -> bool:
         return layer.has_gradient

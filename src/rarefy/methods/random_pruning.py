@@ -102,7 +102,7 @@ class RandomPruning(Static):
             return (layer.random(_binomial(layer, counts, generator), generator),)
         if not self.connected:
             return (layer.random(counts, generator),)
-        cover = layer.holding(meeting_all(layer.shape, layer.channel_groups, generator))
+        cover = layer.at(meeting_all(layer.shape, layer.channel_groups, generator))
         needed = layer.counts(cover).cpu()
         if bool((needed > counts).any()):
             raise AllocationError(

@@ -17,7 +17,36 @@ from rarefy.patterns import Pattern
 
 
 @dataclass(frozen=True, kw_only=True)
-class Static(Method):
+class RandomStart(Method):
+    """What `static` and the methods that go on from it share: a random mask at given layer densities."""
+
+    more_rules: ClassVar[Collection[str]] = ()  # names of allocations that a subclass adds
+    sparsity: float = 0.9
+    allocation: Rule = "erk"
+    init: str = "fan-in"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_sparsity(self.sparsity, getattr(self, "pattern", "unstructured"))
+        check_allocation(self.allocation, self.more_rules)
+        if self.init not in ("fan-in", "dense"):
+            raise OptionError(f"init={self.init!r} must be 'fan-in' or 'dense'.")
+
+    def choose(self, sparse: Sparsifier) -> None:
+        for name, counts in share(sparse.layers, self.sparsity, self.allocation, sparse.magnitudes).items():
+            layer = sparse.layers[name]
+            if not layer.given:
+                layer.rewire(layer.random(counts, sparse.generator))
+
+    def initialise(self, sparse: Sparsifier) -> None:
+        if self.init == "fan-in":
+            for layer in sparse.layers.values():
+                if not layer.given and not isinstance(layer.module, nn.Embedding | nn.EmbeddingBag):
+                    layer.scale_outputs(fan_in_gain(layer))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Static(RandomStart):
     """Static random sparsity: draw a mask at given layer densities, then train what is left.
 
     The baseline of sparse training (Evci et al. 2020, arXiv 1911.11134), and how `set`, `rigl` and their kin begin. Layer l
@@ -40,30 +69,11 @@ class Static(Method):
 
     name: ClassVar[str] = "static"
     family: ClassVar[Family] = "before training"
-    more_rules: ClassVar[Collection[str]] = ()  # names of allocations that a subclass adds
-    sparsity: float = 0.9
-    allocation: Rule = "erk"
     pattern: str | Pattern = "unstructured"
-    init: str = "fan-in"
 
     def __post_init__(self) -> None:
         check_pattern(self.pattern)
-        check_sparsity(self.sparsity, self.pattern)
-        check_allocation(self.allocation, self.more_rules)
-        if self.init not in ("fan-in", "dense"):
-            raise OptionError(f"init={self.init!r} must be 'fan-in' or 'dense'.")
-
-    def choose(self, sparse: Sparsifier) -> None:
-        for name, counts in share(sparse.layers, self.sparsity, self.allocation, sparse.magnitudes).items():
-            layer = sparse.layers[name]
-            if not layer.given:
-                layer.rewire(layer.random(counts, sparse.generator))
-
-    def initialise(self, sparse: Sparsifier) -> None:
-        if self.init == "fan-in":
-            for layer in sparse.layers.values():
-                if not layer.given and not isinstance(layer.module, nn.Embedding | nn.EmbeddingBag):
-                    layer.scale_outputs(fan_in_gain(layer))
+        super().__post_init__()
 
 
 def fan_in_gain(layer: Layer) -> torch.Tensor:

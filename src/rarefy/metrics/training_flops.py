@@ -22,13 +22,17 @@ class CostLike(Protocol):
     @property
     def dense_gradient_steps(self) -> int: ...  # steps that computed the gradient of every weight, kept or not
 
+    @property
+    def further_gradients(self) -> int: ...  # sum over other steps of weights, not kept, whose gradient was computed
+
 
 class LayerCost(NamedTuple):
-    """Running sums of one layer over a training run: steps, kept weights summed over steps, dense-gradient steps."""
+    """Running sums of one layer over a training run: steps, kept weights summed over steps, dense-gradient steps, ..."""
 
     steps: int
     kept_steps: int
     dense_gradient_steps: int = 0
+    further_gradients: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,14 +59,15 @@ def training_flops(
     needed the last is 2 * size * p (RigL, Evci et al. 2020: backward is twice forward). Layers without an
     entry in `cost` and products without weights (attention) count as dense, 3 f. The weight gradient of the other
     steps uses the mean number of kept weights: exact where that number is constant, or where all or no steps
-    needed the dense gradient, as in every method of dst-core.
+    needed the dense gradient. Weights that are not kept but whose gradient a step computed (Top-KAST's exploration,
+    GSE's samples) add 2 * p each.
 
     This is the cost of a sparse implementation. A masked dense one spends the dense FLOPs whatever the masks are.
     Optimizer, mask updates and element-wise work are not counted.
 
     Args:
         report: `flops(model, example_input)`; only its dense counts are used.
-        cost: per layer, by the report's names, `steps`, `kept_steps` and `dense_gradient_steps`
+        cost: per layer, by the report's names, `steps`, `kept_steps`, `dense_gradient_steps` and `further_gradients`
             (as `Sparsifier.training_cost()` gives them).
         samples_per_step: samples per optimizer step (batch size times accumulated batches).
         steps: optimizer steps; needed only where `cost` is empty (dense training).
@@ -91,10 +96,15 @@ def training_flops(
         if name not in report.weights:
             raise SelectionError(f"the FLOPs report has no weight {name!r}{nearest(name, report.weights)}")
         size = report.weights[name]
-        if not 0 <= entry.kept_steps <= size * length or not 0 <= entry.dense_gradient_steps <= length:
+        most = size * length
+        if (
+            not 0 <= entry.kept_steps <= most
+            or not 0 <= entry.dense_gradient_steps <= length
+            or not 0 <= entry.further_gradients <= most - entry.kept_steps
+        ):
             raise OptionError(f"layer {name!r} of {size} weights cannot have the sums {entry} over {length} steps")
         mean = entry.kept_steps / length if length else 0.0
-        uses = 3 * entry.kept_steps + entry.dense_gradient_steps * (size - mean)
+        uses = 3 * entry.kept_steps + entry.dense_gradient_steps * (size - mean) + entry.further_gradients
         layers[name] = 2 * uses * report.positions(name) * samples_per_step
     return TrainingFlops(layers, sum(layers.values()), dense)
 
