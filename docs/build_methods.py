@@ -36,12 +36,14 @@ def pages() -> dict[str, str]:
     for name, cls in methods.available().items():
         text = inspect.cleandoc(cls.__doc__ or "")
         first, _, rest = text.partition("\n")
-        call = f'rarefy.sparsify(model, "{name}", sparsity=0.9, optimizer=optimizer)'
+        level = "sparsity=0.9, " if hasattr(cls, "sparsity") else ""
+        call = f'rarefy.sparsify(model, "{name}", {level}optimizer=optimizer)'
         if cls.needs_calibration:
             call = call.replace(")", ", calibration=[batch])")
         use = "" if name in ("dense", "small-dense") else f"```python\n{call}\n```\n\n"
         body = options_as_list(rest.strip("\n"))
-        result[f"{name}.md"] = f"# {name}\n\n**{first}**\n\n{use}{body}\n"
+        title = ", ".join((name, *cls.aliases))
+        result[f"{name}.md"] = f"# {title}\n\n**{first}**\n\n{use}{body}\n"
         lines.append(f"- [{name}]({name}.md): {first}")
     result["README.md"] = "\n".join(lines) + "\n"
     return result

@@ -25,7 +25,6 @@ def methods(
     from rich.text import Text
 
     from rarefy import methods as known
-    from rarefy.errors import OptionError, nearest
 
     console = Console()
     found = known.available()
@@ -40,10 +39,8 @@ def methods(
         console.print(table)
         console.print(Text("rarefy methods NAME tells all about one of them.", style="dim"))
         return
-    if name not in found:
-        raise OptionError(f"there is no method {name!r}{nearest(name, found)}; methods: {', '.join(found)}")
-    cls = found[name]
-    console.print(Text(f"{name}  (rarefy.methods.{cls.__name__})", style="bold"))
+    cls = known.find(name)
+    console.print(Text(f"{', '.join((cls.name, *cls.aliases))}  (rarefy.methods.{cls.__name__})", style="bold"))
     console.print(Text(inspect.getdoc(cls) or "", overflow="fold"), soft_wrap=True)
     if options := _options(cls):
         table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))

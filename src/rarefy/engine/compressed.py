@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -98,6 +99,12 @@ class CompressedLayer(Layer):
         flat[self._kept()] = self._values()
         return flat.view(self.shape)
 
+    def kept(self) -> Tensor:
+        return self._kept()
+
+    def newcomers(self, chosen: Tensor) -> Tensor:
+        return self.counts(chosen[~torch.isin(chosen, self._kept())])
+
     def counts(self, chosen: Tensor | None = None) -> Tensor:
         if self.groups == 1:
             return torch.tensor([self.nnz if chosen is None else chosen.numel()])
@@ -112,8 +119,18 @@ class CompressedLayer(Layer):
 
     # --- choosing ---------------------------------------------------------------------------------------------------
 
-    def best(self, scores: Tensor, counts: Tensor) -> Tensor:
-        return self._select(self.pattern.pool(scores), counts).reshape(-1).nonzero().squeeze(1)
+    def best(
+        self, scores: Tensor, counts: Tensor, *, among: Tensor | None = None, besides: Tensor | None = None
+    ) -> Tensor:
+        pooled = self.pattern.pool(scores)
+        if among is not None:
+            only = torch.full_like(pooled, -math.inf)
+            only.view(-1)[among] = pooled.reshape(-1)[among]
+            pooled = only
+        if besides is not None:
+            pooled = pooled.clone()
+            pooled.view(-1)[besides] = -math.inf
+        return self._select(pooled, counts).reshape(-1).nonzero().squeeze(1)
 
     def largest_magnitudes(self, counts: Tensor | int) -> Tensor:
         kept, scores = self._kept(), self._values().abs()
@@ -235,8 +252,8 @@ class CompressedLayer(Layer):
         self._attached = False
         self._gradient.watch(None)
 
-    def restore(self) -> None:
-        if not self._given and isinstance(self.module, SparseModule):
+    def restore(self, compressed: bool) -> None:
+        if not compressed and not self._given and isinstance(self.module, SparseModule):
             self._chosen = self._kept()
             conversion.decompress(self.module, self._optimizers)
 

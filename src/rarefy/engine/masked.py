@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -75,6 +76,12 @@ class MaskedLayer(Layer):
         weight = self.parameter.detach()
         return weight if self._attached or self._nnz == self.numel else weight.masked_fill(~self._here(), 0)
 
+    def kept(self) -> Tensor:
+        return self._kept_units()
+
+    def newcomers(self, chosen: Tensor) -> Tensor:
+        return (chosen & ~self._kept_units()).sum(dim=1)
+
     def counts(self, chosen: Tensor | None = None) -> Tensor:
         return (self._kept_units() if chosen is None else chosen).sum(dim=1)
 
@@ -86,8 +93,15 @@ class MaskedLayer(Layer):
 
     # --- choosing ---------------------------------------------------------------------------------------------------
 
-    def best(self, scores: Tensor, counts: Tensor) -> Tensor:
-        return self._top(self.pattern.pool(scores), counts)
+    def best(
+        self, scores: Tensor, counts: Tensor, *, among: Tensor | None = None, besides: Tensor | None = None
+    ) -> Tensor:
+        pooled = self.pattern.pool(scores)
+        if among is not None:
+            pooled = pooled.masked_fill(~among, -math.inf)
+        if besides is not None:
+            pooled = pooled.masked_fill(besides, -math.inf)
+        return self._top(pooled, counts)
 
     def largest_magnitudes(self, counts: Tensor | int) -> Tensor:
         scores = self.pattern.pool(self.weight().abs()).masked_fill(~self._kept_units(), -1)
@@ -140,14 +154,21 @@ class MaskedLayer(Layer):
         if self._attached:
             changed = old ^ mask
             self._set(mask, kept)
-            self.enforce()
-            if self.parameter.grad is not None:
-                self.parameter.grad.masked_fill_(changed, 0)
-            self._optimizers.refresh(self.parameter, changed)
+            self._start_afresh(changed)
         else:
             self._set(mask, kept)
-        self._on_change(self, change)
+        self._note(change)
         return change
+
+    def _start_afresh(self, changed: Tensor) -> None:
+        """Bring a weight that was dropped or grown to where it would be had it never been trained."""
+        self.enforce()
+        if self.parameter.grad is not None:
+            self.parameter.grad.masked_fill_(changed, 0)
+        self._optimizers.refresh(self.parameter, changed)
+
+    def _note(self, change: Change) -> None:
+        self._on_change(self, change)
 
     def _set(self, mask: Tensor, kept: int) -> None:
         # A new tensor each time: whoever holds the old mask keeps a true record of it.
@@ -209,8 +230,7 @@ class MaskedLayer(Layer):
             return
         self._handles.append(parameter.register_post_accumulate_grad_hook(self._after_backward))
         if self._nnz < self.numel:  # what came before the hook was not masked
-            if parameter.grad is not None:
-                kernels.apply_mask_(parameter.grad, self._here())
+            self.mask_gradient()
             self._optimizers.refresh(parameter, ~self._here())
 
     @torch.no_grad()
@@ -219,9 +239,12 @@ class MaskedLayer(Layer):
         if parameter.grad is None or parameter is not self.parameter:
             return
         self._gradient.commit()
-        if self._nnz < self.numel:
-            kernels.apply_mask_(parameter.grad, self._here())
+        self.mask_gradient()
         self._gradient.leave(parameter.grad)
+
+    def mask_gradient(self) -> None:
+        if self._nnz < self.numel and self.parameter.grad is not None:
+            kernels.apply_mask_(self.parameter.grad, self._here())
 
     def watch_gradient(self, wanted: bool) -> None:
         self._gradient.watch(self.parameter if wanted else None)

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from rarefy.errors import OptionError, nearest
+from rarefy.nn import Reparametrisation
 from rarefy.schedules import Clock
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ class Method:
     """
 
     name: ClassVar[str]
+    aliases: ClassVar[tuple[str, ...]] = ()  # other names that the field knows it by
     needs_calibration: ClassVar[bool] = False  # looks at data before training
 
     def model(self, build: Callable[[float], nn.Module]) -> nn.Module:
@@ -44,6 +46,25 @@ class Method:
 
     def initialise(self, sparse: Sparsifier) -> None:
         """Adjust the weights once the first masks are applied."""
+
+    def reparametrise(self, weight: nn.Parameter) -> Reparametrisation | None:
+        """Return what computes the forward weight from this trained one; None: nothing does, they are the same.
+
+        Parameters of it join the optimizer, in the weight's own group, as `layer.extras`. Changes nothing.
+        """
+        return None
+
+    def freezes(self, sparse: Sparsifier, step: int) -> bool:
+        """Whether the model's own parameters stand still at this step (1-based), and only `extras` are trained."""
+        return False
+
+    def penalty(self, sparse: Sparsifier) -> Tensor | None:
+        """Return what is added to the loss, differentiable in what is trained (scalar), or None.
+
+        The loss itself stays as it is: the penalty's gradient joins that of the loss, whole, when an optimizer steps: not
+        scaled by GradScaler or by accumulation, and not clipped.
+        """
+        return None
 
     def wants_gradient(self, sparse: Sparsifier, step: int) -> bool:
         """Whether the dense gradient of this step (1-based) is needed."""

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rarefy.errors import OptionError
+
 _WRAPPER_FILE = inspect.getsourcefile(Optimizer)  # where torch's wrapper around `step` lives
 
 
@@ -87,6 +89,46 @@ class Optimizers:
             if hasattr(optimizer, "_numel_cache"):  # L-BFGS
                 optimizer._numel_cache = None
 
+    def check_join(self, parameter: nn.Parameter, beside: nn.Parameter, name: str) -> None:
+        """Raise OptionError where `join` cannot be done."""
+        optimizers = [optimizer for optimizer, _ in self._groups(beside)]
+        if not optimizers:
+            raise OptionError(
+                f"{name} {list(parameter.shape)} is trained beside its weight, which no optimizer holds: make the optimizer "
+                "with this weight in it, or exclude the layer."
+            )
+        if parameter.dim() != 2 and any(type(o).__name__ == "Muon" for o in optimizers):
+            raise OptionError(
+                f"{name} {list(parameter.shape)} cannot join Muon, which trains matrices: give this layer's weight to another "
+                "optimizer."
+            )
+
+    @torch.no_grad()
+    def join(self, parameter: nn.Parameter, beside: nn.Parameter, name: str) -> None:
+        """Train `parameter` wherever `beside` is: in the same group, whose options and schedule hold for both.
+
+        Not in a group of its own: schedulers refuse optimizers that have more groups than when they were made.
+        """
+        for optimizer, group in list(self._groups(beside)):
+            group["params"].append(parameter)
+            if "param_names" in group:
+                group["param_names"].append(name)
+            if isinstance(optimizer, torch.optim.Adagrad):  # it makes its state when it is made itself
+                fresh = fresh_value(optimizer, group, "sum")
+                step = torch.zeros_like(optimizer.state[beside]["step"])
+                optimizer.state[parameter] = {"step": step, "sum": torch.full_like(parameter, fresh)}
+            _forget_history(optimizer)
+
+    def leave(self, parameter: nn.Parameter) -> None:
+        """Undo `join`."""
+        for optimizer, group in list(self._groups(parameter)):
+            place = [p is parameter for p in group["params"]].index(True)
+            for key in ("params", "param_names"):
+                if key in group:
+                    del group[key][place]
+            optimizer.state.pop(parameter, None)
+            _forget_history(optimizer)
+
     @torch.no_grad()
     def follow(self, parameter: nn.Parameter, old: int, change: Callable[[Tensor, float], Tensor]) -> None:
         """Give every state tensor of the `old` number of elements the content `change(tensor, fresh value)`."""
@@ -100,6 +142,18 @@ class Optimizers:
                     else:
                         state[key] = new
 
+    @torch.no_grad()
+    def start_afresh(self) -> None:
+        """Bring all state to what it was before the first step; groups and learning rates stay as they are."""
+        for optimizer in self.all:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    if not isinstance(optimizer, torch.optim.Adagrad):
+                        optimizer.state.pop(parameter, None)  # made at the next step
+                        continue
+                    for key, value in optimizer.state[parameter].items():  # made with the optimizer
+                        value.fill_(fresh_value(optimizer, group, key))
+
     def _groups(self, parameter: nn.Parameter) -> Iterator[tuple[Optimizer, dict[str, Any]]]:
         for optimizer in self.all:
             for group in optimizer.param_groups:
@@ -107,8 +161,40 @@ class Optimizers:
                     yield optimizer, group
 
 
+def was_skipped(optimizer: Optimizer) -> bool:
+    """Whether GradScaler let a fused optimizer run a step that its kernel skipped because of infinities."""
+    found = getattr(optimizer, "found_inf", None)
+    return isinstance(found, Tensor) and bool(found.item())
+
+
+def _forget_history(optimizer: Optimizer) -> None:
+    """Let L-BFGS begin again: its history is of all parameters as one vector."""
+    if hasattr(optimizer, "_numel_cache"):
+        optimizer._numel_cache = None
+        optimizer.state.clear()
+
+
+def check_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
+    """Return the optimizers as a list; raises OptionError for what cannot be followed."""
+    if optimizer is None:
+        return []
+    optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+    for item in optimizers:
+        if not isinstance(item, Optimizer):
+            raise OptionError(
+                f"optimizer={type(item).__name__} is not a torch.optim.Optimizer. "
+                "Leave it out and call sparse.step() after each of its steps."
+            )
+        if not hasattr(item, "_optimizer_step_post_hooks"):
+            raise OptionError(
+                f"optimizer={type(item).__name__} has no step hooks: its class does not call Optimizer.__init__. Give the "
+                "optimizer that it wraps, or leave it out and call sparse.step() after each of its steps."
+            )
+    return optimizers
+
+
 def inside_another_step(optimizer: Optimizer) -> bool:
-    """Whether a step post-hook runs inside an outer `step` of the same optimizer.
+    """Whether a step hook runs inside an outer `step` of the same optimizer.
 
     torch runs hooks around every class's own `step`: a subclass whose `step` calls its base's runs them twice.
     """

@@ -25,6 +25,8 @@ def share(
     sparsity: float,
     rule: Rule,
     scores: Callable[[], Mapping[str, Tensor]] | None = None,
+    *,
+    regrow: bool = False,
 ) -> dict[str, Tensor]:
     """Return how many units each layer keeps in each of its groups: name -> int64 [groups].
 
@@ -34,7 +36,7 @@ def share(
             below that are stages on the way to it.
         rule: "uniform", "uniform+", "er", "erk", "global", "lamp", or sparsities by name.
         scores: gives weight-shaped scores, not negative; asked by "global" and "lamp" only. Weights that are dropped now
-            rank below all that are kept.
+            rank below all that are kept, but with `regrow`, where scores may be negative too.
 
     Raises AllocationError when a shape-based rule leaves a layer empty; a score-based one may (with a warning).
     """
@@ -48,9 +50,10 @@ def share(
         ranked = {name: _per_weight(layer, given[name]) for name, layer in layers.items()}
         if rule == "lamp":
             ranked = {name: lamp(values) for name, values in ranked.items()}
-        ranked = {
-            n: r.masked_fill(~layers[n].mask(), -1) if layers[n].nnz < r.numel() else r for n, r in ranked.items()
-        }
+        if not regrow:
+            ranked = {
+                n: r.masked_fill(~layers[n].mask(), -1) if layers[n].nnz < r.numel() else r for n, r in ranked.items()
+            }
         kept = allocation.global_counts(ranked, sparsity)
     else:
         by_name = rule if isinstance(rule, str) else _by_layer(layers, rule)
@@ -67,6 +70,11 @@ def share(
             f"These layers keep no weight at all, so nothing passes through them: {', '.join(empty)}.", stacklevel=3
         )
     return result
+
+
+def staged(rule: Rule, stage: Callable[[float], float]) -> Rule:
+    """Return the rule on the way to its end: each sparsity that is given by name becomes `stage(sparsity)`."""
+    return {name: stage(s) for name, s in rule.items()} if isinstance(rule, Mapping) else rule
 
 
 def is_scored(rule: Rule) -> bool:

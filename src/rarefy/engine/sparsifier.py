@@ -17,16 +17,21 @@ from rarefy.engine.layer import Change, Layer
 from rarefy.engine.loading import AfterLoad
 from rarefy.engine.masked import MaskedLayer
 from rarefy.engine.method import Method
-from rarefy.engine.optimizer_state import Optimizers, inside_another_step
-from rarefy.engine.selection import LeftOut, Selector, Target, check_fit, find_targets, list_weights
+from rarefy.engine.optimizer_state import Optimizers, check_optimizers, inside_another_step, was_skipped
+from rarefy.engine.outside import Freezer, PenaltyHook
+from rarefy.engine.reparametrised import ReparametrisedLayer
+from rarefy.engine.selection import Selector, Target, check_fit, find_targets
 from rarefy.engine.state import FORMAT, check_plain_parts, plain
-from rarefy.engine.summary import Row, Summary
+from rarefy.engine.summary import Row, Summary, added_since
 from rarefy.errors import OptionError, SelectionError, StateError, nearest
 from rarefy.metrics.flops import flops
 from rarefy.nn import SparseModule
 from rarefy.patterns import Pattern, parse_pattern
 
 STORAGES: dict[str, type[MaskedLayer] | type[CompressedLayer]] = {"masked": MaskedLayer, "compressed": CompressedLayer}
+REPORT_EVERY = 100
+"""Steps between two log entries of a mask that moves at every step."""
+
 Loss = Callable[[nn.Module, Any], Tensor]
 
 
@@ -76,9 +81,10 @@ class Sparsifier:
         self.events: list[Event] = []
         self.memory: dict[str, Any] = {}
         self.generator = torch.Generator().manual_seed(seed)
-        self._optimizers = Optimizers(_check_optimizers(optimizer))
+        self._optimizers = Optimizers(check_optimizers(optimizer))
         self._dense_gradient_steps = 0
         self._watching = False
+        self._freezer = Freezer(model)
         self._reloaded: dict[str, int] = {}
         self._handles: list[RemovableHandle] = []
         self._attached = False
@@ -87,11 +93,11 @@ class Sparsifier:
         pattern: Pattern = parse_pattern(getattr(method, "pattern", "unstructured"))
         check_fit(pattern, targets)
         _check_free(targets)
-        make = STORAGES[storage]
-        make.check(model, targets, pattern, self._optimizers)
-        self.layers: dict[str, Layer] = {
-            t.name: make(t, pattern, self._optimizers, on_change=self._changed, on_load=self._loaded) for t in targets
-        }
+        self._computed = ReparametrisedLayer.made_for(method, targets, storage, self._optimizers, state is not None)
+        plain, computed = ([t for t in targets if (t.name in self._computed) is which] for which in (False, True))
+        STORAGES[storage].check(model, plain, pattern, self._optimizers)
+        ReparametrisedLayer.check(model, computed, pattern, self._optimizers)
+        self.layers: dict[str, Layer] = {t.name: self._make_layer(t, pattern, storage) for t in targets}
         self._kept_steps = dict.fromkeys(self.layers, 0)
         method.check(self)
         if state is None:
@@ -114,6 +120,12 @@ class Sparsifier:
                 "added to it, its steps do not train them.",
                 stacklevel=4,
             )
+
+    def _make_layer(self, target: Target, pattern: Pattern, storage: str) -> Layer:
+        told: Any = {"on_change": self._changed, "on_load": self._loaded}
+        if target.name in self._computed:
+            return ReparametrisedLayer(target, pattern, self._optimizers, self._computed[target.name], **told)
+        return STORAGES[storage](target, pattern, self._optimizers, **told)
 
     # --- what it is -------------------------------------------------------------------------------------------------
 
@@ -150,7 +162,8 @@ class Sparsifier:
 
     def training_cost(self) -> dict[str, Cost]:
         """Return, for every layer, the sums that training FLOPs are counted from."""
-        return {n: Cost(self.step_count, self._kept_steps[n], self._dense_gradient_steps) for n in self.layers}
+        dense = {n: self.step_count if n in self._computed else self._dense_gradient_steps for n in self.layers}
+        return {n: Cost(self.step_count, self._kept_steps[n], dense[n]) for n in self.layers}
 
     def summary(self, example_input: Any = None) -> Summary:
         """Return a table of the layers; with an example input, also of their FLOPs (one forward pass is run)."""
@@ -163,21 +176,10 @@ class Sparsifier:
             f"{self.method.name}: {self.sparsity:.2%} of {self.numel:,} weights are zero, after {self.step_count} steps"
         )
         whole = None if report is None else (report.sparse, report.dense)
-        return Summary(title, rows, self.left_out + self._added_since(), whole)
+        return Summary(title, rows, self.left_out + added_since(self.model, self.layers, self.left_out), whole)
 
     def __repr__(self) -> str:
         return f"Sparsifier({self.method}, layers={len(self.layers)}, sparsity={self.sparsity:.4f}, step={self.step_count})"
-
-    def _added_since(self) -> list[LeftOut]:
-        known = {item.name for item in self.left_out} | set(self.layers)
-        targets, left = list_weights(self.model)
-        new = [LeftOut(t.name, t.shape, "added after sparsify()") for t in targets if t.name not in known]
-        new += [
-            LeftOut(t.name, t.shape, "its module was replaced after sparsify()")
-            for t in targets
-            if t.name in self.layers and self.layers[t.name].module is not t.module
-        ]
-        return new + [item for item in left if item.name not in known and not item.reason.startswith("tied")]
 
     # --- one step ---------------------------------------------------------------------------------------------------
 
@@ -187,6 +189,8 @@ class Sparsifier:
             raise OptionError(
                 "step() is for loops without a torch optimizer: this sparsifier follows its optimizer's steps."
             )
+        if any(layer.extras for layer in self.layers.values()):
+            raise OptionError(f"{self.method.name} trains parameters of its own: pass optimizer=..., and they join it.")
         for layer in self.layers.values():
             layer.after_step()
         self._advance()
@@ -204,7 +208,7 @@ class Sparsifier:
                 (o for o in reversed(self._optimizers.all) if any(o in held for held in holders.values())), None
             )
             is_clock = optimizer is last or any(optimizer in held and last in held for held in holders.values())
-        skipped = _was_skipped(optimizer)
+        skipped = was_skipped(optimizer)
         for layer in mine:
             layer.after_step()
             if skipped:
@@ -218,14 +222,23 @@ class Sparsifier:
         self._dense_gradient_steps += self._watching
         for name, layer in self.layers.items():
             self._kept_steps[name] += layer.nnz
+            layer.refresh()
         with torch.no_grad():
             self.method.after_step(self, self.step_count)
+        if self.step_count % REPORT_EVERY == 0:
+            self._report()
         self._prepare_next_step()
+
+    def _report(self) -> None:
+        for layer in self.layers.values():
+            layer.report()
 
     def _prepare_next_step(self) -> None:
         self._watching = self.method.wants_gradient(self, self.step_count + 1)
         for layer in self.layers.values():
             layer.watch_gradient(self._watching)
+        extras = {id(extra) for layer in self.layers.values() for extra in layer.extras.values()}
+        self._freezer.set(self.method.freezes(self, self.step_count + 1), extras)
 
     def _changed(self, layer: Layer, change: Change) -> None:
         self.events.append(Event(self.step_count, layer.name, change.dropped, change.grown, layer.nnz))
@@ -235,13 +248,25 @@ class Sparsifier:
     def _attach(self) -> None:
         for optimizer in self._optimizers.all:
             self._handles.append(optimizer.register_step_post_hook(self._after_optimizer_step))
+            if type(self.method).penalty is not Method.penalty:
+                hook = PenaltyHook(lambda: self.method.penalty(self), self._mask_gradients)
+                self._handles.append(optimizer.register_step_pre_hook(hook))
         for layer in self.layers.values():
             layer.attach()
         self._handles.append(self.model.register_load_state_dict_post_hook(AfterLoad(self)))
         self._attached = True
 
+    def _mask_gradients(self) -> None:
+        for layer in self.layers.values():
+            layer.mask_gradient()
+
     def detach(self) -> None:
-        """Stop managing the model and leave its weights as they are: from now on nothing keeps the zeros."""
+        """Stop managing the model and leave its weights as they are: from now on nothing keeps the zeros.
+
+        Where the network computed with other weights than it trained, the trained ones are left.
+        """
+        self._report()
+        self._freezer.set(False)
         for layer in self.layers.values():
             layer.detach()
         for handle in self._handles:
@@ -254,14 +279,15 @@ class Sparsifier:
 
         With compressed storage the dense layers come back, their parameters and state in the optimizers too;
         `compressed=True` leaves the sparse layers in their place. Layers that were sparse before stay so in any case.
+        Where the network computed with other weights than it trained, the computed ones become its own, names as before,
+        and what was trained beside them leaves the optimizers.
         """
         if self._attached:
             for layer in self.layers.values():
                 layer.enforce()
             self.detach()
-            if not compressed:
-                for layer in self.layers.values():
-                    layer.restore()
+            for layer in self.layers.values():
+                layer.restore(compressed)
         return self.model
 
     # --- loading dense weights --------------------------------------------------------------------------------------
@@ -356,24 +382,6 @@ class Sparsifier:
             layer.check_state(layers[name])
 
 
-def _check_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
-    if optimizer is None:
-        return []
-    optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
-    for item in optimizers:
-        if not isinstance(item, Optimizer):
-            raise OptionError(
-                f"optimizer={type(item).__name__} is not a torch.optim.Optimizer. "
-                "Leave it out and call sparse.step() after each of its steps."
-            )
-        if not hasattr(item, "_optimizer_step_post_hooks"):
-            raise OptionError(
-                f"optimizer={type(item).__name__} has no step hooks: its class does not call Optimizer.__init__. Give the "
-                "optimizer that it wraps, or leave it out and call sparse.step() after each of its steps."
-            )
-    return optimizers
-
-
 def _check_free(targets: Sequence[Target]) -> None:
     """Refuse weights that another sparsifier still manages: the two would undo each other's work."""
     for target in targets:
@@ -384,9 +392,3 @@ def _check_free(targets: Sequence[Target]) -> None:
                     f"{target.name} {list(target.shape)} is sparse already: call finalize() or detach() of the sparsifier "
                     "that manages it first, or exclude it."
                 )
-
-
-def _was_skipped(optimizer: Optimizer) -> bool:
-    """Whether GradScaler let a fused optimizer run a step that its kernel skipped because of infinities."""
-    found = getattr(optimizer, "found_inf", None)
-    return isinstance(found, Tensor) and bool(found.item())

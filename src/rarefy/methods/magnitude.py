@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,7 +16,7 @@ from rarefy.engine.options import (
     check_pattern,
     check_sparsity,
 )
-from rarefy.engine.sharing import Rule, is_scored, share
+from rarefy.engine.sharing import Rule, is_scored, share, staged
 from rarefy.errors import OptionError
 from rarefy.patterns import Pattern
 from rarefy.schedules import Clock, curve
@@ -130,9 +129,7 @@ class Gradual(Method):
 
     def _prune(self, sparse: Sparsifier, progress: float) -> None:
         along = curve(self.curve)
-        rule = self.allocation
-        if isinstance(rule, Mapping):
-            rule = {name: along(progress, min(self.initial, s), s) for name, s in rule.items()}
+        rule = staged(self.allocation, lambda s: along(progress, min(self.initial, s), s))
         prune(sparse, along(progress, self.initial, self.sparsity), rule)
 
 
