@@ -118,6 +118,18 @@ class Optimizers:
                 step = torch.zeros_like(optimizer.state[beside]["step"])
                 optimizer.state[parameter] = {"step": step, "sum": torch.full_like(parameter, fresh)}
             _forget_history(optimizer)
+        self.start_evenly()
+
+    @torch.no_grad()
+    def start_evenly(self) -> None:
+        """Let fused SGD take up parameters that begin later: it refuses a group of which only some have momentum."""
+        for optimizer in self.all:
+            for group in optimizer.param_groups if isinstance(optimizer, torch.optim.SGD) else ():
+                states = {p: optimizer.state.get(p, {}) for p in group["params"]}
+                if group["fused"] and any(state.get("momentum_buffer") is not None for state in states.values()):
+                    for p, state in states.items():
+                        if state.get("momentum_buffer") is None:
+                            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
     def leave(self, parameter: nn.Parameter) -> None:
         """Undo `join`."""

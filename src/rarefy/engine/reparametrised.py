@@ -134,7 +134,7 @@ class ReparametrisedLayer(MaskedLayer):
             self._optimizers.join(extra, self.parameter, self._full_name(name))
         self._handles.append(self.module.register_load_state_dict_pre_hook(accept_plain_weight))
         self._handles.append(self.module.register_load_state_dict_post_hook(AfterLoad(self)))
-        self.refresh()
+        self._look()
         self._hook_parameter()
 
     def detach(self) -> None:
@@ -147,7 +147,7 @@ class ReparametrisedLayer(MaskedLayer):
     @torch.no_grad()
     def restore(self, compressed: bool) -> None:
         mask = set_forward(self.parameter, self._computes)
-        MaskedLayer._set(self, mask, int(mask.sum()))
+        self._mask, self._nnz = mask, int(mask.sum())
         if self.parameter.grad is not None:
             self.parameter.grad.masked_fill_(~mask, 0)
         self._optimizers.refresh(self.parameter, ~mask)
@@ -177,8 +177,8 @@ class ReparametrisedLayer(MaskedLayer):
 
     def _look(self) -> None:
         """Take over what the reparametrisation keeps, without a word in the log."""
-        mask = self._computes.kept(self.parameter)
-        MaskedLayer._set(self, mask, int(mask.sum()))
+        self._mask = self._computes.kept(self.parameter)
+        self._nnz = int(self._mask.sum())
 
     def state_dict(self) -> dict[str, object]:
         extras = {name: extra.detach().clone() for name, extra in self.extras.items()}

@@ -238,7 +238,8 @@ class Sparsifier:
         for layer in self.layers.values():
             layer.watch_gradient(self._watching)
         extras = {id(extra) for layer in self.layers.values() for extra in layer.extras.values()}
-        self._freezer.set(self.method.freezes(self, self.step_count + 1), extras)
+        if self._freezer.set(self.method.freezes(self, self.step_count + 1), extras):
+            self._optimizers.start_evenly()
 
     def _changed(self, layer: Layer, change: Change) -> None:
         self.events.append(Event(self.step_count, layer.name, change.dropped, change.grown, layer.nnz))

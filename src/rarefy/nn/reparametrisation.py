@@ -61,7 +61,7 @@ def long_tailed(q: Tensor) -> Tensor:
         tensor([2.0000, 1.0000, 0.4000, 0.4000, 0.0000])
     """
     size = q.detach().abs()
-    return torch.where(size <= 0.4, 2 - 4 * size, torch.where(size <= 1, 0.4, 0.0).to(size.dtype))
+    return torch.where(size <= 0.4, 2 - 4 * size, 0.4).masked_fill(size > 1, 0.0)
 
 
 class Reparametrisation(nn.Module, ABC):
@@ -181,18 +181,28 @@ def install(module: nn.Module, attribute: str, computes: Reparametrisation) -> N
     before = [other.order for other in reparametrised(module).values()]
     computes.order = before[0] if before else tuple(module._parameters)
     parametrize.register_parametrization(module, attribute, computes)
+    if isinstance(module, nn.RNNBase):
+        # It keeps a list of its weights; computed ones must neither grow old in it nor be copied with it.
+        names = "_flat_weights_names"
+        always = property(lambda self: [getattr(self, name, None) for name in getattr(self, names)], lambda self, _: None)
+        type(module)._flat_weights = always  # type: ignore[assignment]
 
 
 @torch.no_grad()
 def remove(module: nn.Module, attribute: str) -> Reparametrisation:
     """Undo `install`: the trained weight is the module's own again, in its old place; returns what computed with it."""
     computes = reparametrised(module)[attribute]
+    cls = type(module)  # torch's class for computed weights: copies of the module share it, and must not lose theirs
+    mine = {key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__")}
+    module.__class__ = type(cls.__name__, cls.__bases__, mine)
     parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
     old = dict(module._parameters)
     module._parameters.clear()
     for name in (*computes.order, *old):  # optimizers are resumed by the order of parameters
         if name in old:
             module._parameters[name] = old.pop(name)
+    if isinstance(module, nn.RNNBase):
+        module._init_flat_weights()
     return computes
 
 
