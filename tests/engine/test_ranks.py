@@ -16,6 +16,11 @@ from torch.nn.parallel import DistributedDataParallel
 import rarefy
 
 CASES = ("rigl", "branches", "magnitude", "snip", "compressed rigl", "compressed branches", "compressed magnitude")
+TRAINED: dict[str, dict[str, object]] = {  # masks that follow from trained tensors
+    "movement": {"sparsity": 0.7, "start": 0, "stop": 4},
+    "trainable-threshold": {"alpha": 0.1},
+    "lottery-jackpots": {"sparsity": 0.7},
+}
 
 
 class Branches(nn.Sequential):
@@ -31,7 +36,7 @@ class Branches(nn.Sequential):
 def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    for case in CASES:
+    for case in (*CASES, *TRAINED):
         torch.save(train(rank, case), f"{folder}/{case}-{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -52,11 +57,10 @@ def train(rank: int, case: str) -> dict[str, dict[str, torch.Tensor]]:
     sparse = rarefy.sparsify(
         model,
         method,
-        sparsity=0.7,
         optimizer=optimizer,
         storage=storage,
         calibration=[batch()] if method == "snip" else None,
-        **({"every": 2} if method == "rigl" else {}),
+        **TRAINED.get(method, {"sparsity": 0.7, "every": 2} if method == "rigl" else {"sparsity": 0.7}),
     )
     wrapped = DistributedDataParallel(model, find_unused_parameters=case == "branches")
     for _ in range(6):
@@ -65,7 +69,7 @@ def train(rank: int, case: str) -> dict[str, dict[str, torch.Tensor]]:
         optimizer.step()
         optimizer.zero_grad()
     masks = sparse.masks()
-    if storage == "compressed":
+    if storage == "compressed" or method in TRAINED:
         sparse.finalize()
     return {"masks": masks, "weights": model.state_dict()}
 
@@ -77,9 +81,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *TRAINED])
 def test_ranks_agree(case: str, results: Path) -> None:
     one, two = (torch.load(results / f"{case}-{rank}.pt", weights_only=True) for rank in (0, 1))
     for part in ("masks", "weights"):
         assert all(torch.equal(value, two[part][name]) for name, value in one[part].items())
     assert all(not one["weights"][name][~mask].any() for name, mask in one["masks"].items())
+    assert not all(mask.all() for mask in one["masks"].values())

@@ -184,7 +184,9 @@ def install(module: nn.Module, attribute: str, computes: Reparametrisation) -> N
     if isinstance(module, nn.RNNBase):
         # It keeps a list of its weights; computed ones must neither grow old in it nor be copied with it.
         names = "_flat_weights_names"
-        always = property(lambda self: [getattr(self, name, None) for name in getattr(self, names)], lambda self, _: None)
+        always = property(
+            lambda self: [getattr(self, name, None) for name in getattr(self, names)], lambda self, _: None
+        )
         type(module)._flat_weights = always  # type: ignore[assignment]
 
 
