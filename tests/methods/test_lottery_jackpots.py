@@ -120,6 +120,16 @@ def test_swaps_in_groups_are_counted_for_each() -> None:
         assert int((old ^ new).sum()) == (2 if late else 0)
 
 
+@pytest.mark.parametrize("storage", ["masked", "compressed"])
+def test_swaps_keep_the_fan_in_of_every_row(storage: str) -> None:
+    sparse = rarefy.sparsify(nn.Linear(9, 7), "static", sparsity=0.6, pattern="fan-in", init="dense", storage=storage)
+    layer = sparse.layers["weight"]
+    scores, mask = torch.randn(7, 9), layer.mask()
+    swap(layer, scores, 0.4)
+    for row in range(7):
+        assert torch.equal(layer.mask()[row], by_hand(scores[row], mask[row], 0.4))
+
+
 def test_ties_do_not_swap_what_is_as_good() -> None:
     layer = rarefy.sparsify(nn.Linear(10, 10), "static", sparsity=0.5, init="dense").layers["weight"]
     mask = layer.mask()

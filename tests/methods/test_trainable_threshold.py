@@ -64,6 +64,22 @@ def test_the_penalty_alone_raises_thresholds_ever_more_slowly() -> None:
             torch.testing.assert_close(t, torch.full_like(t, expected))
 
 
+def test_without_penalty_and_slope_it_is_dense_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rarefy.nn.reparametrisation.long_tailed", torch.zeros_like)
+    weights = []
+    for method in ("dst", "dense"):
+        model = mlp()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+        options = {"alpha": 0.0} if method == "dst" else {}
+        sparse = rarefy.sparsify(model, method, optimizer=optimizer, **options)
+        for step in range(8):
+            backward(model, step)
+            optimizer.step()
+            optimizer.zero_grad()
+        weights.append(sparse.finalize().state_dict())
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
 def test_a_loss_that_needs_its_weights_lowers_thresholds() -> None:
     torch.manual_seed(0)
     model = nn.Linear(10, 2, bias=False)

@@ -67,10 +67,10 @@ class Freezer:
         self._frozen: list[nn.Parameter] = []
         self.on = False
 
-    def set(self, on: bool, besides: Collection[int] = ()) -> bool:
-        """Freeze all but the parameters with these ids, or thaw what was frozen; returns whether that is a change."""
+    def set(self, on: bool, besides: Collection[int] = ()) -> None:
+        """Freeze all but the parameters with these ids, or thaw what was frozen."""
         if on == self.on:
-            return False
+            return
         self.on = on
         if on:
             self._frozen = [p for p in self._model.parameters() if p.requires_grad and id(p) not in besides]
@@ -80,7 +80,6 @@ class Freezer:
                 parameter.grad = None  # an optimizer moves whatever has a gradient, be it zero
         if not on:
             self._frozen = []
-        return True
 
 
 def start_afresh(sparse: Sparsifier) -> None:

@@ -237,8 +237,8 @@ class Sparsifier:
         self._watching = self.method.wants_gradient(self, self.step_count + 1)
         for layer in self.layers.values():
             layer.watch_gradient(self._watching)
-        extras = {id(extra) for layer in self.layers.values() for extra in layer.extras.values()}
-        if self._freezer.set(self.method.freezes(self, self.step_count + 1), extras):
+        if (still := self.method.freezes(self, self.step_count + 1)) != self._freezer.on:
+            self._freezer.set(still, {id(extra) for layer in self.layers.values() for extra in layer.extras.values()})
             self._optimizers.start_evenly()
 
     def _changed(self, layer: Layer, change: Change) -> None:

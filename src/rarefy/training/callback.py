@@ -81,6 +81,15 @@ class SparsityCallback(pl.Callback):
     # By now weights are restored and optimizers exist; their state is restored after this hook, into all that has joined them.
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make the module sparse, or continue where the checkpoint was taken."""
+        if not trainer.strategy.restore_checkpoint_after_setup:
+            self._begin(trainer, pl_module)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The same, under strategies that restore weights late."""
+        if trainer.strategy.restore_checkpoint_after_setup:
+            self._begin(trainer, pl_module)
+
+    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         saved = self._saved
         if saved is None and self.sparse is not None:  # a second trainer.fit with the same callback goes on
             saved = self.sparse.state_dict()
