@@ -337,6 +337,7 @@ def test_amp_skips_are_not_steps_and_autocast_changes_no_dtype(method: str, fuse
     assert all(extra.dtype == torch.float32 for layer in sparse.layers.values() for extra in layer.extras.values())
 
 
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("method", METHODS)
 def test_a_compiled_model_trains_the_same(method: str) -> None:
     finals = []

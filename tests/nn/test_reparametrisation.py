@@ -191,6 +191,7 @@ def test_a_state_dict_computes_the_same_elsewhere_and_has_plain_names_on_request
     nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4)).load_state_dict(plain)
 
 
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("make", [ScoreMask, ThresholdMask])
 def test_compiles_whole_and_once_and_exports(make: type[Reparametrisation]) -> None:
     torch.manual_seed(0)
