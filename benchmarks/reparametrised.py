@@ -95,7 +95,7 @@ def lenet(seed: int) -> nn.Module:
     return models.build("lenet-300-100")
 
 
-def thresholds(seeds: list[int], steps: int) -> list[dict[str, Any]]:
+def thresholds(seeds: list[int], args: argparse.Namespace) -> list[dict[str, Any]]:
     train, test = images("mnist", 8000, 2000, [0.0], [1.0])
     rows = []
     for alpha in (0.0, 2e-4, 5e-4, 2e-3, 1e-2):
@@ -111,7 +111,7 @@ def thresholds(seeds: list[int], steps: int) -> list[dict[str, Any]]:
     return rows
 
 
-def digits(seeds: list[int], steps: int) -> list[dict[str, Any]]:
+def digits(seeds: list[int], args: argparse.Namespace) -> list[dict[str, Any]]:
     train, test = images("digits", 10**6, 10**6, [0.0], [1.0])
     rows = []
     for seed in seeds:
@@ -121,7 +121,7 @@ def digits(seeds: list[int], steps: int) -> list[dict[str, Any]]:
         )
         fit(trained, train, 30, lr=0.05, batch=64, seed=seed)
         dense = accuracy(trained, test)
-        for sparsity in (0.9, 0.95, 0.98):
+        for sparsity in args.sparsities:
             row: dict[str, Any] = {"seed": seed, "sparsity": sparsity, "dense": dense}
             model = copy.deepcopy(trained)
             rarefy.sparsify(model, "magnitude", sparsity=sparsity).finalize()
@@ -146,9 +146,9 @@ def _swaps(sparse: rarefy.Sparsifier) -> int:
     return sum(event.grown for event in sparse.events)
 
 
-def resnet(seeds: list[int], steps: int) -> list[dict[str, Any]]:
+def resnet(seeds: list[int], args: argparse.Namespace) -> list[dict[str, Any]]:
     mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-    train, test = images("cifar10", 20_000, 10_000, mean, std)
+    train, test = images("cifar10", 20_000, args.test_images, mean, std)
     published = models.load_published("resnet-20-cifar10")
     rows = [{"dense": accuracy(published, test)}]
     print(rows[-1], flush=True)
@@ -157,7 +157,7 @@ def resnet(seeds: list[int], steps: int) -> list[dict[str, Any]]:
         rarefy.sparsify(pruned, "magnitude", sparsity=sparsity, exclude="fc").finalize()
         one_shot = accuracy(pruned, test)
         for seed in seeds:
-            some = batches(train, 128, torch.Generator().manual_seed(seed))[:steps]
+            some = batches(train, 128, torch.Generator().manual_seed(seed))[: args.steps]
             recalibrated = copy.deepcopy(pruned)
             _measure_statistics(recalibrated, some)
             model = copy.deepcopy(published)
@@ -199,7 +199,7 @@ def _check_untouched(model: nn.Module, published: nn.Module, masks: dict[str, Te
         assert same, f"{name} was changed"
 
 
-def movement(seeds: list[int], steps: int) -> list[dict[str, Any]]:
+def movement(seeds: list[int], args: argparse.Namespace) -> list[dict[str, Any]]:
     train, test = images("mnist", 8000, 2000, [0.1307], [0.3081])
     rows = []
     common: dict[str, Any] = dict(batch=64, weight_decay=1e-4)
@@ -212,7 +212,7 @@ def movement(seeds: list[int], steps: int) -> list[dict[str, Any]]:
             {"seed": seed, "dense, 10 epochs": accuracy(trained, test), "dense, 20 epochs": accuracy(long, test)}
         )
         print(rows[-1], flush=True)
-        for sparsity in (0.9, 0.95, 0.98):
+        for sparsity in args.sparsities:
             row: dict[str, Any] = {"seed": seed, "sparsity": sparsity}
             for method, start, epochs in [
                 ("magnitude", trained, 10),
@@ -253,12 +253,16 @@ def main() -> None:
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=80, help="of the search in `resnet`")
+    parser.add_argument("--test-images", type=int, default=10_000, help="how many `resnet` is measured on")
+    parser.add_argument(
+        "--sparsities", type=float, nargs="+", default=[0.9, 0.95, 0.98], help="of `digits`, `movement`"
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message=".*begin again at 0")
     start = time.perf_counter()
-    rows = PARTS[args.part](args.seeds, args.steps)
+    rows = PARTS[args.part](args.seeds, args)
     print(f"{time.perf_counter() - start:.0f} s")
     summarise(rows)
     if args.json:
