@@ -159,6 +159,9 @@ class ReparametrisedLayer(MaskedLayer):
     def mask_gradient(self) -> None:
         pass
 
+    def reorder(self, move: Callable[[Tensor], None]) -> None:
+        Layer.reorder(self, move)  # what is trained beside the weight could not follow
+
     def _hook_parameter(self) -> None:
         parameter = self.parameter
         hooks = parameter._post_accumulate_grad_hooks
