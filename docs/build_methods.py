@@ -48,7 +48,8 @@ def pages() -> dict[str, str]:
     for name, cls in methods.available().items():
         text = inspect.cleandoc(cls.__doc__ or "")
         first, _, rest = text.partition("\n")
-        call = f'rarefy.sparsify(model, "{name}", sparsity=0.9, optimizer=optimizer)'
+        level = "sparsity=0.9, " if hasattr(cls, "sparsity") else ""
+        call = f'rarefy.sparsify(model, "{name}", {level}optimizer=optimizer)'
         if cls.needs_calibration is True:  # with any options
             call = call.replace(")", ", calibration=[batch])")
         if needs_length(cls):
@@ -56,7 +57,8 @@ def pages() -> dict[str, str]:
         builds = cls.model is not methods.Method.model  # its docstring tells how
         use = "" if name == "dense" or builds else f"```python\n{call}\n```\n\n"
         body = options_as_list(rest.strip("\n"))
-        result[f"{name}.md"] = f"# {name}\n\n**{first}**\n\n{use}{body}\n"
+        title = ", ".join((name, *cls.aliases))
+        result[f"{name}.md"] = f"# {title}\n\n**{first}**\n\n{use}{body}\n"
     for family, members in methods.by_family().items():
         lines += ["", f"## {family.capitalize()}", "", f"{FAMILIES[family].capitalize()}.", ""]
         lines += [

@@ -32,7 +32,9 @@ def sparsify(
     """Make a model sparse, in place, and keep it so while it trains.
 
     Names, shapes and state-dict keys stay (with masked storage); the training loop stays as it is: the work is done in hooks
-    on the optimizer.
+    on the optimizer. Methods that train masks (`movement`, `trainable-threshold`, `lottery-jackpots`) compute with other
+    weights than they train: until `finalize()`, "fc.weight" is "fc.parametrizations.weight.original" in the state dict, and
+    what they train beside it has joined the optimizer (see `rarefy.nn.Reparametrisation`).
 
     Args:
         model: any module that holds Linear, Conv1d/2d/3d, Embedding, MultiheadAttention or RNN weights. Biases and norms
@@ -51,7 +53,8 @@ def sparsify(
             else; `finalize()` brings the dense ones back. Unstructured and fan-in patterns; give the optimizer here, for
             it gets the new parameters. Layers that are sparse before keep their own first topology.
         state: a `Sparsifier.state_dict()` to continue from. The model and optimizer already hold what was saved with it; no
-            mask is drawn and no weight changes.
+            mask is drawn and no weight changes. (Methods that train masks: load both after this call, for only then do they
+            have the places for it.)
         method_options: options of the method, see `rarefy methods NAME`.
 
     Returns:

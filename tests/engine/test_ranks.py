@@ -17,6 +17,12 @@ import rarefy
 
 LOOKING = ("snip", "grasp", "synflow")
 MOVING = ("rigl", "snfs", "gse", "srigl", "dsr", "deep-r", "top-kast")
+TRAINED: dict[str, dict[str, object]] = {  # masks that follow from trained tensors
+    "movement": {"sparsity": 0.7, "start": 0, "stop": 4},
+    "trainable-threshold": {"alpha": 0.1},
+    "lottery-jackpots": {"sparsity": 0.7},
+}
+OPTIONS: dict[str, dict[str, object]] = {"deep-r": {"l1": 0.05}, "gse": {"scope": "layer"}}
 CASES = ("branches", "magnitude", *LOOKING, "compressed branches", "compressed magnitude")
 # DistributedDataParallel cannot follow a parameter whose length changes: of compressed layers only those that keep theirs
 CASES += (*MOVING, *(f"compressed {method}" for method in ("rigl", "gse", "deep-r", "top-kast")))
@@ -35,7 +41,7 @@ class Branches(nn.Sequential):
 def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    for case in CASES:
+    for case in (*CASES, *TRAINED):
         torch.save(train(rank, case), f"{folder}/{case}-{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -56,12 +62,10 @@ def train(rank: int, case: str) -> dict[str, dict[str, torch.Tensor]]:
     sparse = rarefy.sparsify(
         model,
         method,
-        sparsity=0.7,
         optimizer=optimizer,
         storage=storage,
         calibration=[batch()] if method in LOOKING else None,
-        **({"every": 2} if method in MOVING else {}),
-        **{"deep-r": {"l1": 0.05}, "gse": {"scope": "layer"}}.get(method, {}),
+        **TRAINED.get(method, {"sparsity": 0.7} | ({"every": 2} if method in MOVING else {}) | OPTIONS.get(method, {})),
     )
     wrapped = DistributedDataParallel(model, find_unused_parameters=case == "branches")
     for _ in range(6):
@@ -71,7 +75,7 @@ def train(rank: int, case: str) -> dict[str, dict[str, torch.Tensor]]:
         optimizer.zero_grad()
     masks = sparse.masks()
     assert method not in MOVING or sparse.explored() > 1 - sparse.sparsity, f"{case} does not move"
-    if storage == "compressed":
+    if storage == "compressed" or method in TRAINED:
         sparse.finalize()
     return {"masks": masks, "weights": model.state_dict()}
 
@@ -83,9 +87,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *TRAINED])
 def test_ranks_agree(case: str, results: Path) -> None:
     one, two = (torch.load(results / f"{case}-{rank}.pt", weights_only=True) for rank in (0, 1))
     for part in ("masks", "weights"):
         assert all(torch.equal(value, two[part][name]) for name, value in one[part].items())
     assert all(not one["weights"][name][~mask].any() for name, mask in one["masks"].items())
+    assert not all(mask.all() for mask in one["masks"].values())

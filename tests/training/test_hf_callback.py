@@ -84,3 +84,19 @@ def test_gradient_accumulation(tmp_path: Path) -> None:
     run = trainer(tmp_path, callback, gradient_accumulation_steps=2)
     run.train()
     assert callback.sparse.step_count == 8 and masked_weights_are_zero(run.model, callback.sparse)
+
+
+def test_scores_are_trained_beside_the_weights_and_not_resumed_by_half(tmp_path: Path) -> None:
+    def movement() -> Any:
+        return HFSparsityCallback("movement", sparsity=0.8, exclude=["*embeddings*", "classifier*"])
+
+    callback = movement()
+    run = trainer(tmp_path, callback)
+    names = [name for name, _ in run.model.named_parameters()]
+    run.train()
+    assert callback.sparse.sparsity == pytest.approx(0.8, abs=0.01) and masked_weights_are_zero(
+        run.model, callback.sparse
+    )
+    assert [name for name, _ in run.model.named_parameters()] == names
+    with pytest.raises(ValueError, match="parameter group"):  # this Trainer restores optimizers before it calls anyone
+        trainer(tmp_path, movement()).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))

@@ -66,11 +66,21 @@ def test_sparse_after_every_step(options: dict[str, Any], tmp_path: Path) -> Non
     assert bool((module.body[0].weight == 1).all())
 
 
-def test_resume_with_lightnings_own_checkpoints(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("rigl", dict(sparsity=0.75, every=2)),
+        ("ac-dc", dict(sparsity=0.75, every=2)),
+        ("movement", dict(sparsity=0.75)),
+        ("trainable-threshold", dict(alpha=0.1)),
+        ("lottery-jackpots", dict(sparsity=0.75)),
+    ],
+)
+def test_resume_with_lightnings_own_checkpoints(method: str, options: dict[str, Any], tmp_path: Path) -> None:
     def saver(name: str, **when: Any) -> pl.Callback:
         return pl.callbacks.ModelCheckpoint(tmp_path / name, save_top_k=-1, filename="{step}", **when)
 
-    make = lambda: SparsityCallback("rigl", sparsity=0.75, every=2)  # noqa: E731
+    make = lambda: SparsityCallback(method, **options)  # noqa: E731
     whole = make()
     # dropout draws from torch's own generator, which Lightning does not save: leave it out of this comparison
     torch.manual_seed(0)
@@ -87,6 +97,7 @@ def test_resume_with_lightnings_own_checkpoints(tmp_path: Path) -> None:
     assert whole.sparse is not None and again.sparse is not None
     assert whole.sparse.step_count == again.sparse.step_count == 24
     assert all(torch.equal(m, again.sparse.masks()[n]) for n, m in whole.sparse.masks().items())
+    assert list(b.state_dict()) == list(Plain().state_dict())
     assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 

@@ -26,10 +26,8 @@ def methods(
 
     from rarefy import methods as known
     from rarefy.engine import FAMILIES
-    from rarefy.errors import OptionError, nearest
 
     console = Console()
-    found = known.available()
     if name is None:
         table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
         table.add_column("method", no_wrap=True)
@@ -43,10 +41,9 @@ def methods(
         console.print(table)
         console.print(Text("rarefy methods NAME tells all about one of them.", style="dim"))
         return
-    if name not in found:
-        raise OptionError(f"there is no method {name!r}{nearest(name, found)}; methods: {', '.join(found)}")
-    cls = found[name]
-    console.print(Text(f"{name}  (rarefy.methods.{cls.__name__}; {cls.family})", style="bold"))
+    cls = known.find(name)
+    names = ", ".join((cls.name, *cls.aliases))
+    console.print(Text(f"{names}  (rarefy.methods.{cls.__name__}; {cls.family})", style="bold"))
     console.print(Text(inspect.getdoc(cls) or "", overflow="fold"), soft_wrap=True)
     if options := _options(cls):
         table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))

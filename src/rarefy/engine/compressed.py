@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -105,6 +106,9 @@ class CompressedLayer(Layer):
         flat[self._kept()] = self._values()
         return flat.view(self.shape)
 
+    def newcomers(self, chosen: Tensor) -> Tensor:
+        return self.counts(chosen[~torch.isin(chosen, self._kept())])
+
     def live_weight(self) -> Tensor:
         flat = torch.zeros(self.numel, dtype=self._sparse.values.dtype, device=self._sparse.values.device)
         return flat.index_put((self._kept(),), self._sparse.values).view(self.shape)
@@ -138,8 +142,18 @@ class CompressedLayer(Layer):
 
     # --- choosing ---------------------------------------------------------------------------------------------------
 
-    def best(self, scores: Tensor, counts: Tensor) -> Tensor:
-        return self._select(self.pattern.pool(scores), counts).reshape(-1).nonzero().squeeze(1)
+    def best(
+        self, scores: Tensor, counts: Tensor, *, among: Tensor | None = None, besides: Tensor | None = None
+    ) -> Tensor:
+        pooled = self.pattern.pool(scores)
+        if among is not None:
+            only = torch.full_like(pooled, -math.inf)
+            only.view(-1)[among] = pooled.reshape(-1)[among]
+            pooled = only
+        if besides is not None:
+            pooled = pooled.clone()
+            pooled.view(-1)[besides] = -math.inf
+        return self._select(pooled, counts).reshape(-1).nonzero().squeeze(1)
 
     def kept(self, where: Tensor | None = None) -> Tensor:
         return self._kept() if where is None else self._kept()[where]
@@ -301,8 +315,8 @@ class CompressedLayer(Layer):
         self._gradient.watch(None)
         self.watch_factors(False)
 
-    def restore(self) -> None:
-        if not self._given and isinstance(self.module, SparseModule):
+    def restore(self, compressed: bool) -> None:
+        if not compressed and not self._given and isinstance(self.module, SparseModule):
             self._chosen = self._kept()
             conversion.decompress(self.module, self._optimizers)
 

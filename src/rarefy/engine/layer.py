@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -135,6 +135,19 @@ class Layer(ABC):
     def weight(self) -> Tensor:
         """Return the weight as a dense tensor, detached, zero where it is not kept. Not for writing."""
 
+    def trained(self) -> Tensor:
+        """Return the tensor that training moves, detached: the weight, unless another is computed from it. Not for writing."""
+        return self.weight()
+
+    @property
+    def extras(self) -> Mapping[str, nn.Parameter]:
+        """The parameters that are trained beside the weight, by name (see `Method.reparametrise`)."""
+        return {}
+
+    @abstractmethod
+    def newcomers(self, chosen: Tensor) -> Tensor:
+        """Return how many of the chosen units each group does not keep now; int64 [groups]."""
+
     @abstractmethod
     def values(self) -> Tensor:
         """Return a copy of the kept weights, in the order of their places in the flattened weight; [nnz]."""
@@ -194,12 +207,18 @@ class Layer(ABC):
     # --- choosing units (opaque results) ----------------------------------------------------------------------------
 
     @abstractmethod
+    @abstractmethod
     def kept(self, where: Tensor | None = None) -> Tensor:
         """Choose the kept units: all, or those with a weight where `where` (bool [nnz], in the order of `values`) is True."""
 
     @abstractmethod
-    def best(self, scores: Tensor, counts: Tensor) -> Tensor:
-        """Choose in each group the units with the largest summed `scores` (weight-shaped)."""
+    def best(
+        self, scores: Tensor, counts: Tensor, *, among: Tensor | None = None, besides: Tensor | None = None
+    ) -> Tensor:
+        """Choose in each group the units with the largest summed `scores` (weight-shaped).
+
+        Only units in the choice `among`, where given, and none in `besides`; there must be enough of them.
+        """
 
     @abstractmethod
     def largest_magnitudes(self, counts: Tensor | int) -> Tensor:
@@ -315,8 +334,19 @@ class Layer(ABC):
     def detach(self) -> None:
         """Stop managing the weight and leave it as it is."""
 
-    def restore(self) -> None:
-        """Give the module its dense weight back, where this storage had taken it; called once detached."""
+    def restore(self, compressed: bool) -> None:
+        """Give the module a plain weight, where this storage had taken it; called once detached.
+
+        With `compressed`, kept values that are a module's own parameter stay so.
+        """
+        return
+
+    def refresh(self) -> None:
+        """Take note of what is kept now, where that follows from tensors that are trained; called after every step."""
+        return
+
+    def report(self) -> None:
+        """Log the changes that were too many to log one by one."""
         return
 
     def mask_gradient(self) -> None:

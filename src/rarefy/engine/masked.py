@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -77,6 +78,9 @@ class MaskedLayer(Layer):
         weight = self.parameter.detach()
         return weight if self._attached or self._nnz == self.numel else weight.masked_fill(~self._here(), 0)
 
+    def newcomers(self, chosen: Tensor) -> Tensor:
+        return (chosen & ~self._kept_units()).sum(dim=1)
+
     def live_weight(self) -> Tensor:
         return self.parameter
 
@@ -101,8 +105,15 @@ class MaskedLayer(Layer):
 
     # --- choosing ---------------------------------------------------------------------------------------------------
 
-    def best(self, scores: Tensor, counts: Tensor) -> Tensor:
-        return self._top(self.pattern.pool(scores), counts)
+    def best(
+        self, scores: Tensor, counts: Tensor, *, among: Tensor | None = None, besides: Tensor | None = None
+    ) -> Tensor:
+        pooled = self.pattern.pool(scores)
+        if among is not None:
+            pooled = pooled.masked_fill(~among, -math.inf)
+        if besides is not None:
+            pooled = pooled.masked_fill(besides, -math.inf)
+        return self._top(pooled, counts)
 
     def kept(self, where: Tensor | None = None) -> Tensor:
         if where is None:
@@ -171,16 +182,21 @@ class MaskedLayer(Layer):
         change = Change(dropped, kept - (self._nnz - dropped))
         if self._attached:
             self._set(mask, kept)
-            changed = taught ^ self._taught()
-            self.enforce()
-            if self.parameter.grad is not None:
-                self.parameter.grad.masked_fill_(changed, 0)
-            self._optimizers.refresh(self.parameter, changed)
-            self._enforce_bias(afresh=True)
+            self._start_afresh(taught ^ self._taught())
         else:
             self._set(mask, kept)
-        self._on_change(self, change)
+        self._note(change)
         return change
+
+    def _start_afresh(self, changed: Tensor) -> None:
+        """Bring a weight that was dropped or grown to where it would be had it never been trained."""
+        self.enforce()
+        if self.parameter.grad is not None:
+            self.parameter.grad.masked_fill_(changed, 0)
+        self._optimizers.refresh(self.parameter, changed)
+
+    def _note(self, change: Change) -> None:
+        self._on_change(self, change)
 
     def _set(self, mask: Tensor, kept: int) -> None:
         # A new tensor each time: whoever holds the old mask keeps a true record of it.

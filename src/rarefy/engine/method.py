@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rarefy.engine.taxonomy import Family
 from rarefy.errors import OptionError, nearest
+from rarefy.nn import Reparametrisation
 from rarefy.penalties import Proximal
 from rarefy.schedules import Clock
 
@@ -30,6 +31,7 @@ class Method:
 
     name: ClassVar[str]
     family: ClassVar[Family]  # its place in the taxonomy; every method states its own
+    aliases: ClassVar[tuple[str, ...]] = ()  # other names that the field knows it by
     needs_calibration: ClassVar[bool] = False  # looks at data before training; a property where options decide it
     keeps_calibration: ClassVar[bool] = False  # and again while it trains
     prunes: ClassVar[bool] = True  # makes zeros: without that it has no sparse layers, and all work is in `model`
@@ -68,6 +70,17 @@ class Method:
 
     def owns_bias(self) -> bool:
         """Whether an output unit's bias lives and dies with its weights; for patterns of whole rows."""
+        return False
+
+    def reparametrise(self, weight: nn.Parameter) -> Reparametrisation | None:
+        """Return what computes the forward weight from this trained one; None: nothing does, they are the same.
+
+        Parameters of it join the optimizer, in the weight's own group, as `layer.extras`. Changes nothing.
+        """
+        return None
+
+    def freezes(self, sparse: Sparsifier, step: int) -> bool:
+        """Whether the model's own parameters stand still at this step (1-based), and only `extras` are trained."""
         return False
 
     def penalty(self, sparse: Sparsifier) -> Tensor | None:

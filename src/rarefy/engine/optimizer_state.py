@@ -94,6 +94,58 @@ class Optimizers:
             if hasattr(optimizer, "_numel_cache"):  # L-BFGS
                 optimizer._numel_cache = None
 
+    def check_join(self, parameter: nn.Parameter, beside: nn.Parameter, name: str) -> None:
+        """Raise OptionError where `join` cannot be done."""
+        optimizers = [optimizer for optimizer, _ in self._groups(beside)]
+        if not optimizers:
+            raise OptionError(
+                f"{name} {list(parameter.shape)} is trained beside its weight, which no optimizer holds: make the optimizer "
+                "with this weight in it, or exclude the layer."
+            )
+        if parameter.dim() != 2 and any(type(o).__name__ == "Muon" for o in optimizers):
+            raise OptionError(
+                f"{name} {list(parameter.shape)} cannot join Muon, which trains matrices: give this layer's weight to another "
+                "optimizer."
+            )
+
+    @torch.no_grad()
+    def join(self, parameter: nn.Parameter, beside: nn.Parameter, name: str) -> None:
+        """Train `parameter` wherever `beside` is: in the same group, whose options and schedule hold for both.
+
+        Not in a group of its own: schedulers refuse optimizers that have more groups than when they were made.
+        """
+        for optimizer, group in list(self._groups(beside)):
+            group["params"].append(parameter)
+            if "param_names" in group:
+                group["param_names"].append(name)
+            if isinstance(optimizer, torch.optim.Adagrad):  # it makes its state when it is made itself
+                fresh = fresh_value(optimizer, group, "sum")
+                step = torch.zeros_like(optimizer.state[beside]["step"])
+                optimizer.state[parameter] = {"step": step, "sum": torch.full_like(parameter, fresh)}
+            _forget_history(optimizer)
+        self.start_evenly()
+
+    @torch.no_grad()
+    def start_evenly(self) -> None:
+        """Let fused SGD take up parameters that begin later: it refuses a group of which only some have momentum."""
+        for optimizer in self.all:
+            for group in optimizer.param_groups if isinstance(optimizer, torch.optim.SGD) else ():
+                states = {p: optimizer.state.get(p, {}) for p in group["params"]}
+                if group["fused"] and any(state.get("momentum_buffer") is not None for state in states.values()):
+                    for p, state in states.items():
+                        if state.get("momentum_buffer") is None:
+                            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+
+    def leave(self, parameter: nn.Parameter) -> None:
+        """Undo `join`."""
+        for optimizer, group in list(self._groups(parameter)):
+            place = [p is parameter for p in group["params"]].index(True)
+            for key in ("params", "param_names"):
+                if key in group:
+                    del group[key][place]
+            optimizer.state.pop(parameter, None)
+            _forget_history(optimizer)
+
     @torch.no_grad()
     def follow(self, parameter: nn.Parameter, old: int, change: Callable[[Tensor, float], Tensor]) -> None:
         """Give every state tensor of the `old` number of elements the content `change(tensor, fresh value)`."""
@@ -135,6 +187,13 @@ class Optimizers:
                     yield optimizer, group
 
 
+def _forget_history(optimizer: Optimizer) -> None:
+    """Let L-BFGS begin again: its history is of all parameters as one vector."""
+    if hasattr(optimizer, "_numel_cache"):
+        optimizer._numel_cache = None
+        optimizer.state.clear()
+
+
 def check_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
     """Return the optimizers as a list; raise OptionError for what has no step to follow."""
     if optimizer is None:
@@ -161,7 +220,7 @@ def was_skipped(optimizer: Optimizer) -> bool:
 
 
 def inside_another_step(optimizer: Optimizer) -> bool:
-    """Whether a step post-hook runs inside an outer `step` of the same optimizer.
+    """Whether a step hook runs inside an outer `step` of the same optimizer.
 
     torch runs hooks around every class's own `step`: a subclass whose `step` calls its base's runs them twice.
     """

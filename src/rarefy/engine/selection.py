@@ -12,7 +12,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from rarefy.errors import PatternError, SelectionError, nearest
-from rarefy.nn import SharedArray, SparseModule
+from rarefy.nn import Reparametrisation, SharedArray, SparseModule
 from rarefy.patterns import Pattern
 
 Selector = str | re.Pattern[str] | type[nn.Module] | Callable[[str, nn.Module], bool]
@@ -36,12 +36,20 @@ class Target:
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The tensor that is trained: the dense weight, or the kept values of one that has nothing else."""
-        parameter = (
-            self.module.values if isinstance(self.module, SparseModule) else getattr(self.module, self.attribute)
-        )
+        """The tensor that is trained: the dense weight (also where another is computed from it), or the kept values alone."""
+        if isinstance(self.module, SparseModule):
+            parameter = self.module.values
+        elif parametrize.is_parametrized(self.module, self.attribute):
+            parameter = self.module.parametrizations[self.attribute].original  # type: ignore[index,union-attr]
+        else:
+            parameter = getattr(self.module, self.attribute)
         assert isinstance(parameter, nn.Parameter)
         return parameter
+
+    @property
+    def inside(self) -> str:
+        """What the names of parameters begin with from which another weight is computed in this one's place."""
+        return f"{self.module_name}.parametrizations.{self.attribute}.".removeprefix(".")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -128,6 +136,11 @@ def find_targets(
     lazy = [item.name for item in left if item.reason == _LAZY]
     if lazy:
         raise SelectionError(f"{', '.join(lazy)}: {_LAZY}. Run one batch through the model first.")
+    if not targets and (computed := [item.name for item in left if "parametrizations" in item.name]):
+        raise SelectionError(
+            f"All weights of this model are computed from others ({_shorten(computed, 3)}): call finalize() of the sparsifier "
+            "that manages them, or rarefy.nn.bake_(model), first."
+        )
     if not targets:
         raise SelectionError(
             "This model holds no weight that can be made sparse: none of its modules is a Linear, Conv1d/2d/3d, Embedding, "
@@ -225,6 +238,8 @@ def _why_not(module: nn.Module, attribute: str, parameter: nn.Parameter) -> str:
         return "an array that layers share"
     if isinstance(module, parametrize.ParametrizationList):
         return "computed by a parametrization (torch.nn.utils.parametrize)"
+    if isinstance(module, Reparametrisation):
+        return "trained beside a computed weight"
     if attribute.startswith("bias") or attribute.endswith("bias") or parameter.ndim < 2:
         return "bias or vector"
     return f"no rule for {attribute!r} of {type(module).__name__}"

@@ -26,6 +26,8 @@ def share(
     sparsity: float,
     rule: Rule,
     scores: Callable[[], Mapping[str, Tensor]] | None = None,
+    *,
+    regrow: bool = False,
 ) -> dict[str, Tensor]:
     """Return how many units each layer keeps in each of its groups: name -> int64 [groups].
 
@@ -35,7 +37,7 @@ def share(
             below that are stages on the way to it.
         rule: a name of `rarefy.allocation.RULES`, or sparsities by name.
         scores: gives weight-shaped scores; asked by "global" and "lamp" only. Weights that are dropped now rank below all
-            that are kept.
+            that are kept, but with `regrow`.
 
     Raises AllocationError when a shape-based rule leaves a layer empty; a score-based one may (with a warning).
     """
@@ -50,7 +52,8 @@ def share(
         if rule == "lamp":
             _check_not_negative(ranked)
             ranked = {name: lamp(values) for name, values in ranked.items()}
-        ranked = {name: _dropped_last(layers[name], values) for name, values in ranked.items()}
+        if not regrow:
+            ranked = {name: _dropped_last(layers[name], values) for name, values in ranked.items()}
         kept = allocation.global_counts(ranked, sparsity)
     else:
         by_name = rule if isinstance(rule, str) else _by_layer(layers, rule)

@@ -14,15 +14,17 @@ from torch.utils.hooks import RemovableHandle
 from rarefy.engine import penalties
 from rarefy.engine.compressed import CompressedLayer
 from rarefy.engine.events import Cost, Event, net
+from rarefy.engine.freezing import Freezer
 from rarefy.engine.layer import Change, Layer
 from rarefy.engine.loading import AfterLoad
 from rarefy.engine.masked import MaskedLayer
 from rarefy.engine.method import Method
 from rarefy.engine.optimizer_state import Optimizers, check_optimizers, inside_another_step, was_skipped
+from rarefy.engine.reparametrised import ReparametrisedLayer
 from rarefy.engine.reserve import RESERVING, show
-from rarefy.engine.selection import LeftOut, Selector, Target, check_fit, find_targets, leave_all, list_weights
+from rarefy.engine.selection import Selector, Target, check_fit, find_targets, leave_all
 from rarefy.engine.state import FORMAT, check_plain_parts, plain
-from rarefy.engine.summary import Row, Summary
+from rarefy.engine.summary import Row, Summary, added_since
 from rarefy.errors import OptionError, SelectionError, StateError, nearest
 from rarefy.metrics.flops import flops
 from rarefy.nn import SparseModule
@@ -32,6 +34,9 @@ STORAGES: Mapping[str, type[MaskedLayer] | type[CompressedLayer]] = {
     "masked": MaskedLayer,
     "compressed": CompressedLayer,
 }
+REPORT_EVERY = 100
+"""Steps between two log entries of a mask that moves at every step."""
+
 Loss = Callable[[nn.Module, Any], Tensor]
 
 
@@ -84,6 +89,7 @@ class Sparsifier:
         self._optimizers = Optimizers(check_optimizers(optimizer))
         self._dense_gradient_steps = 0
         self._watching = self._factors_wanted = False
+        self._freezer = Freezer(model)
         self._reloaded: dict[str, int] = {}
         self._handles: list[RemovableHandle] = []
         self._following: list[RemovableHandle] = []
@@ -96,11 +102,12 @@ class Sparsifier:
         pattern: Pattern = parse_pattern(getattr(method, "pattern", "unstructured"))
         check_fit(pattern, targets)
         _check_free(targets)
-        make = (RESERVING if method.reserves else STORAGES)[storage]
-        make.check(model, targets, pattern, self._optimizers)
-        self.layers: dict[str, Layer] = {
-            t.name: make(t, pattern, self._optimizers, on_change=self._changed, on_load=self._loaded) for t in targets
-        }
+        self._stores = (RESERVING if method.reserves else STORAGES)[storage]
+        self._computed = ReparametrisedLayer.made_for(method, targets, storage, self._optimizers, state is not None)
+        plain, computed = ([t for t in targets if (t.name in self._computed) is which] for which in (False, True))
+        self._stores.check(model, plain, pattern, self._optimizers)
+        ReparametrisedLayer.check(model, computed, pattern, self._optimizers)
+        self.layers: dict[str, Layer] = {t.name: self._make_layer(t, pattern) for t in targets}
         penalties.prepare(method, self.layers, self._optimizers)
         self._kept_steps = dict.fromkeys(self.layers, 0)
         self._further_gradients = dict.fromkeys(self.layers, 0)
@@ -127,6 +134,12 @@ class Sparsifier:
                 "added to it, its steps do not train them.",
                 stacklevel=4,
             )
+
+    def _make_layer(self, target: Target, pattern: Pattern) -> Layer:
+        told: Any = {"on_change": self._changed, "on_load": self._loaded}
+        if target.name in self._computed:
+            return ReparametrisedLayer(target, pattern, self._optimizers, self._computed[target.name], **told)
+        return self._stores(target, pattern, self._optimizers, **told)
 
     # --- what it is -------------------------------------------------------------------------------------------------
 
@@ -172,8 +185,9 @@ class Sparsifier:
 
     def training_cost(self) -> dict[str, Cost]:
         """Return, for every layer, the sums that training FLOPs are counted from."""
-        dense, further = self._dense_gradient_steps, self._further_gradients
-        return {n: Cost(self.step_count, kept, dense, further[n]) for n, kept in self._kept_steps.items()}
+        dense = {n: self.step_count if n in self._computed else self._dense_gradient_steps for n in self.layers}
+        further = self._further_gradients
+        return {n: Cost(self.step_count, kept, dense[n], further[n]) for n, kept in self._kept_steps.items()}
 
     def summary(self, example_input: Any = None) -> Summary:
         """Return a table of the layers; with an example input, also of their FLOPs (one forward pass is run)."""
@@ -186,21 +200,10 @@ class Sparsifier:
             f"{self.method.name}: {self.sparsity:.2%} of {self.numel:,} weights are zero, after {self.step_count} steps"
         )
         whole = None if report is None else (report.sparse, report.dense)
-        return Summary(title, rows, self.left_out + self._added_since(), whole)
+        return Summary(title, rows, self.left_out + added_since(self.model, self.layers, self.left_out), whole)
 
     def __repr__(self) -> str:
         return f"Sparsifier({self.method}, layers={len(self.layers)}, sparsity={self.sparsity:.4f}, step={self.step_count})"
-
-    def _added_since(self) -> list[LeftOut]:
-        known = {item.name for item in self.left_out} | set(self.layers)
-        targets, left = list_weights(self.model)
-        new = [LeftOut(t.name, t.shape, "added after sparsify()") for t in targets if t.name not in known]
-        new += [
-            LeftOut(t.name, t.shape, "its module was replaced after sparsify()")
-            for t in targets
-            if t.name in self.layers and self.layers[t.name].module is not t.module
-        ]
-        return new + [item for item in left if item.name not in known and not item.reason.startswith("tied")]
 
     # --- one step ---------------------------------------------------------------------------------------------------
 
@@ -214,6 +217,8 @@ class Sparsifier:
             raise OptionError(
                 f"{self.method.name} has a penalty, which joins the optimizer's steps: pass optimizer=..."
             )
+        if any(layer.extras for layer in self.layers.values()):
+            raise OptionError(f"{self.method.name} trains parameters of its own: pass optimizer=..., and they join it.")
         for layer in self.layers.values():
             layer.after_step()
         self._advance()
@@ -253,12 +258,19 @@ class Sparsifier:
         for name, layer in self.layers.items():
             self._kept_steps[name] += layer.nnz
             self._further_gradients[name] += layer.resting
+            layer.refresh()
         with torch.no_grad():
             self.method.after_step(self, self.step_count)
         for name, layer in self.layers.items():
             self._further_gradients[name] += layer.further_gradients
             layer.further_gradients = 0
+        if self.step_count % REPORT_EVERY == 0:
+            self._report()
         self._prepare_next_step()
+
+    def _report(self) -> None:
+        for layer in self.layers.values():
+            layer.report()
 
     def _prepare_next_step(self, *, resumed: bool = False) -> None:
         step = self.step_count + 1
@@ -268,6 +280,9 @@ class Sparsifier:
         for layer in self.layers.values():
             layer.watch_gradient(self._watching, carry)
             layer.watch_factors(self._factors_wanted)
+        if (still := self.method.freezes(self, step)) != self._freezer.on:
+            self._freezer.set(still, {id(extra) for layer in self.layers.values() for extra in layer.extras.values()})
+            self._optimizers.start_evenly()
 
     def _changed(self, layer: Layer, change: Change) -> None:
         self.events.append(Event(self.step_count, layer.name, change.dropped, change.grown, layer.nnz))
@@ -296,7 +311,12 @@ class Sparsifier:
             self._following += [o.register_step_pre_hook(hook) for o in self._optimizers.all]
 
     def detach(self) -> None:
-        """Stop managing the model and leave its weights as they are: from now on nothing keeps the zeros."""
+        """Stop managing the model and leave its weights as they are: from now on nothing keeps the zeros.
+
+        Where the network computed with other weights than it trained, the trained ones are left.
+        """
+        self._report()
+        self._freezer.set(False)
         for layer in self.layers.values():
             layer.detach()
         for handle in self._handles + self._following:
@@ -310,14 +330,15 @@ class Sparsifier:
 
         With compressed storage the dense layers come back, their parameters and state in the optimizers too;
         `compressed=True` leaves the sparse layers in their place. Layers that were sparse before stay so in any case.
+        Where the network computed with other weights than it trained, the computed ones become its own, names as before,
+        and what was trained beside them leaves the optimizers.
         """
         if self._attached:
             for layer in self.layers.values():
                 layer.enforce()
             self.detach()
-            if not compressed:
-                for layer in self.layers.values():
-                    layer.restore()
+            for layer in self.layers.values():
+                layer.restore(compressed)
         return self.model
 
     # --- loading dense weights --------------------------------------------------------------------------------------

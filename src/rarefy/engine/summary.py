@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rarefy.engine.selection import LeftOut
+from torch import nn
+
+from rarefy.engine.layer import Layer
+from rarefy.engine.selection import LeftOut, list_weights
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,24 @@ class Summary:
             names = ", ".join(i.name for i in items[:6]) + (f", ... ({len(items)} in all)" if len(items) > 6 else "")
             lines.append(f"  {reason}: {names}")
         return lines
+
+
+def added_since(model: nn.Module, layers: Mapping[str, Layer], left_out: list[LeftOut]) -> list[LeftOut]:
+    """List what the model has now that was neither made sparse nor left out when it was looked through."""
+    known = {item.name for item in left_out} | set(layers)
+    targets, left = list_weights(model)
+    new = [LeftOut(t.name, t.shape, "added after sparsify()") for t in targets if t.name not in known]
+    new += [
+        LeftOut(t.name, t.shape, "its module was replaced after sparsify()")
+        for t in targets
+        if t.name in layers and layers[t.name].module is not t.module
+    ]
+    mine = tuple(layer.target.inside for layer in layers.values())
+    return new + [
+        item
+        for item in left
+        if item.name not in known and not item.name.startswith(mine) and not item.reason.startswith("tied")
+    ]
 
 
 def _line(cells: list[str], widths: list[int]) -> str:

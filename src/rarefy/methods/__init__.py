@@ -24,13 +24,14 @@ def _find() -> dict[str, type[Method]]:
 
 
 _METHODS = _find()
+_ALIASES = {alias: name for name, cls in _METHODS.items() for alias in cls.aliases}
 globals().update({cls.__name__: cls for cls in _METHODS.values()})
 
-__all__ = ["Method", "available", "by_family", "make", *(cls.__name__ for cls in _METHODS.values())]
+__all__ = ["Method", "available", "by_family", "find", "make", *(cls.__name__ for cls in _METHODS.values())]
 
 
 def available() -> dict[str, type[Method]]:
-    """Return every method's class by its name."""
+    """Return every method's class by its name (and not by its other names: see `find`)."""
     return dict(_METHODS)
 
 
@@ -40,6 +41,22 @@ def by_family() -> dict[Family, dict[str, type[Method]]]:
     return {family: found for family, found in groups.items() if found}
 
 
+def find(name: str) -> type[Method]:
+    """Return the class of a method by its name or one of its other names.
+
+    Raises OptionError for an unknown name, with the nearest right one.
+
+    Example:
+        >>> find("dst").name
+        'trainable-threshold'
+    """
+    known = _ALIASES.get(name, name)
+    if known not in _METHODS:
+        hint = nearest(name, [*_METHODS, *_ALIASES])
+        raise OptionError(f"There is no method {name!r}{hint}. Methods: {', '.join(_METHODS)}.")
+    return _METHODS[known]
+
+
 def make(name: str, **options: Any) -> Method:
     """Build a method from its name and options.
 
@@ -47,9 +64,7 @@ def make(name: str, **options: Any) -> Method:
 
     Raises OptionError for an unknown name or option, with the nearest right one.
     """
-    if name not in _METHODS:
-        raise OptionError(f"There is no method {name!r}{nearest(name, _METHODS)}. Methods: {', '.join(_METHODS)}.")
-    cls = _METHODS[name]
+    cls = find(name)
     if "pattern" in options and options.get("sparsity") is None:
         fixed = parse_pattern(options["pattern"]).fixed_sparsity
         options = {**options, "sparsity": fixed} if fixed is not None else options

@@ -1,5 +1,5 @@
-"""Layers that are sparse or small by construction: kept values and their indices only, or weights read from a shared array;
-and the functions that rewrite a model with them."""
+"""Layers that are sparse or small by construction (kept values and their indices only, or weights read from a shared array),
+functions that rewrite a model with them, and weights that are computed from what is trained."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from rarefy.nn.iso_flop import IsoFlop, iso_flop_
 from rarefy.nn.iso_flop_layers import Doped, Parallel
 from rarefy.nn.linear import SparseLinear
 from rarefy.nn.module import SparseModule
+from rarefy.nn.reparametrisation import Reparametrisation, ScoreMask, ThresholdMask, bake_
 from rarefy.nn.share import share_, unshare_
 from rarefy.nn.shared_array import SharedArray
 from rarefy.nn.shared_layers import SharedConv2d, SharedEmbedding, SharedLinear, SharedModule
@@ -17,6 +18,8 @@ __all__ = [
     "Doped",
     "IsoFlop",
     "Parallel",
+    "Reparametrisation",
+    "ScoreMask",
     "SharedArray",
     "SharedConv2d",
     "SharedEmbedding",
@@ -25,6 +28,8 @@ __all__ = [
     "SparseConv2d",
     "SparseLinear",
     "SparseModule",
+    "ThresholdMask",
+    "bake_",
     "iso_flop_",
     "share_",
     "unshare_",

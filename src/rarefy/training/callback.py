@@ -12,6 +12,7 @@ from torch import nn
 import rarefy
 from rarefy.engine import Loss, Method, Sparsifier
 from rarefy.errors import OptionError, StateError
+from rarefy.nn.reparametrisation import plain_state_dict
 from rarefy.training._needs import missing
 
 try:
@@ -77,9 +78,18 @@ class SparsityCallback(pl.Callback):
         self.sparse: Sparsifier | None = None
         self._saved: dict[str, Any] | None = None
 
-    # Lightning restores weights, optimizers and loops before this hook: only here does everything exist and is final.
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    # By now weights are restored and optimizers exist; their state is restored after this hook, into all that has joined them.
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make the module sparse, or continue where the checkpoint was taken."""
+        if not trainer.strategy.restore_checkpoint_after_setup:
+            self._begin(trainer, pl_module)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The same, under strategies that restore weights late."""
+        if trainer.strategy.restore_checkpoint_after_setup:
+            self._begin(trainer, pl_module)
+
+    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         saved = self._saved
         if saved is None and self.sparse is not None:  # a second trainer.fit with the same callback goes on
             saved = self.sparse.state_dict()
@@ -105,6 +115,12 @@ class SparsityCallback(pl.Callback):
     def state_dict(self) -> dict[str, Any]:
         """Return the sparsifier's state (tensors, numbers, strings); empty before training starts."""
         return {} if self.sparse is None else {"sparsifier": self.sparse.state_dict()}
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Save computed weights as the ones they are made from, under their plain names: the rest is in this state."""
+        checkpoint["state_dict"] = plain_state_dict(pl_module, checkpoint["state_dict"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the state of a checkpoint; it is applied when training starts."""

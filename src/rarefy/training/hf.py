@@ -31,6 +31,8 @@ class HFSparsityCallback(TrainerCallback):
 
     The sparsifier's state lies beside the rest of a checkpoint as `sparsifier.pt` (read with `weights_only=True`).
     Schedules that are fractions of the run count in `state.max_steps`.
+    Methods that train parameters of their own beside the weights (`movement`, `trainable-threshold`) can be trained but not
+    resumed: this Trainer restores optimizers before a callback can let those parameters join, and refuses.
 
     Args:
         method: a method's name or a `rarefy.engine.Method`.

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
-from rarefy.errors import ConfigError, nearest
+from rarefy.errors import ConfigError, OptionError, nearest
 from rarefy.training.config import Part, Positive, RunConfig, Sparsity, Whole
 from rarefy.training.folder import RunFolder
 from rarefy.training.reading import merge, validate
@@ -82,8 +82,10 @@ def expand(config: CompareConfig, folder: str | Path, source: str = "the compari
     known = methods.available()
     labels = [entry.shown() for entry in config.methods]
     for entry in config.methods:
-        if entry.method not in known:
-            raise ConfigError(f"{source}: there is no method {entry.method!r}{nearest(entry.method, known)}")
+        try:
+            methods.find(entry.method)
+        except OptionError as error:
+            raise ConfigError(f"{source}: {error}") from error
     if twice := {label for label in labels if labels.count(label) > 1}:
         raise ConfigError(f"{source}: {', '.join(sorted(twice))} is listed twice: give each its own label")
     for label, over in {"base": config.base, **config.overrides}.items():
@@ -103,7 +105,7 @@ def expand(config: CompareConfig, folder: str | Path, source: str = "the compari
     runs = []
     for seed in config.seeds:
         for entry in config.methods:
-            cls = known[entry.method]
+            cls = methods.find(entry.method)
             levels: list[float | None] = [*config.sparsities] if "sparsity" in _options(cls) else [None]
             for sparsity in levels:
                 runs.append(_planned(config, entry, _options(cls), sparsity, seed, Path(folder), source))
