@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import nn
+
+from rarefy.errors import SelectionError
+
+if TYPE_CHECKING:
+    from rarefy.engine.selection import Target
 
 
 class Loadable(Protocol):
@@ -36,3 +42,15 @@ class AfterLoad:
 
     def __reduce__(self) -> tuple[type[AfterLoad], tuple[()]]:
         return AfterLoad, ()
+
+
+def check_free(targets: Sequence[Target]) -> None:
+    """Refuse weights that another sparsifier still manages: the two would undo each other's work."""
+    for target in targets:
+        for hook in target.module._load_state_dict_post_hooks.values():
+            managed = getattr(hook.owner, "target", None) if isinstance(hook, AfterLoad) else None
+            if managed is not None and managed.attribute == target.attribute:
+                raise SelectionError(
+                    f"{target.name} {list(target.shape)} is sparse already: call finalize() or detach() of the sparsifier "
+                    "that manages it first, or exclude it."
+                )

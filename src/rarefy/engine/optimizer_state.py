@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,13 @@ def fresh_value(optimizer: Optimizer, group: dict[str, Any], key: str) -> float:
     if isinstance(optimizer, torch.optim.Adagrad) and key == "sum":
         return float(group["initial_accumulator_value"])
     return 0.0
+
+
+class Turn(NamedTuple):
+    """What an optimizer's step is about: names of its parameters, and whether this is the step that counts."""
+
+    mine: list[str]
+    is_clock: bool
 
 
 class Optimizers:
@@ -179,6 +186,19 @@ class Optimizers:
                         continue
                     for key, value in optimizer.state[parameter].items():  # made with the optimizer
                         value.fill_(fresh_value(optimizer, group, key))
+
+    def turn(self, optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> Turn:
+        """Return which of these parameters are this optimizer's, and whether its step is the one that counts.
+
+        The clock is the last optimizer that holds any of them, and every other that shares one with it.
+        """
+        if len(self.all) == 1:
+            return Turn(list(parameters), True)
+        found = self.holders()
+        held = {name: found.get(id(parameter), []) for name, parameter in parameters.items()}
+        last = next((o for o in reversed(self.all) if any(o in by for by in held.values())), None)
+        is_clock = optimizer is last or any(optimizer in by and last in by for by in held.values())
+        return Turn([name for name, by in held.items() if optimizer in by], is_clock)
 
     def _groups(self, parameter: nn.Parameter) -> Iterator[tuple[Optimizer, dict[str, Any]]]:
         for optimizer in self.all:

@@ -16,16 +16,16 @@ from rarefy.engine.compressed import CompressedLayer
 from rarefy.engine.events import Cost, Event, net
 from rarefy.engine.freezing import Freezer
 from rarefy.engine.layer import Change, Layer
-from rarefy.engine.loading import AfterLoad
+from rarefy.engine.loading import AfterLoad, check_free
 from rarefy.engine.masked import MaskedLayer
 from rarefy.engine.method import Method
 from rarefy.engine.optimizer_state import Optimizers, check_optimizers, inside_another_step, was_skipped
 from rarefy.engine.reparametrised import ReparametrisedLayer
 from rarefy.engine.reserve import RESERVING, show
 from rarefy.engine.selection import Selector, Target, check_fit, find_targets, leave_all
-from rarefy.engine.state import FORMAT, check_plain_parts, plain
+from rarefy.engine.state import FORMAT, check_state, plain
 from rarefy.engine.summary import Row, Summary, added_since
-from rarefy.errors import OptionError, SelectionError, StateError, nearest
+from rarefy.errors import OptionError, nearest
 from rarefy.metrics.flops import flops
 from rarefy.nn import SparseModule
 from rarefy.patterns import Pattern, parse_pattern
@@ -101,7 +101,7 @@ class Sparsifier:
             targets, self.left_out = [], leave_all(model, method.name, include, exclude)
         pattern: Pattern = parse_pattern(getattr(method, "pattern", "unstructured"))
         check_fit(pattern, targets)
-        _check_free(targets)
+        check_free(targets)
         self._stores = (RESERVING if method.reserves else STORAGES)[storage]
         self._computed = ReparametrisedLayer.made_for(method, targets, storage, self._optimizers, state is not None)
         plain, computed = ([t for t in targets if (t.name in self._computed) is which] for which in (False, True))
@@ -122,7 +122,7 @@ class Sparsifier:
                 method.initialise(self)
             self._prepare_next_step()
         else:  # the weights are already those of the saved run: take its masks, and draw none
-            self._check_state(state)
+            check_state(state, self.method, self.total_steps, self.layers)
             self._take(state)
             self._attach()
         if not method.keeps_calibration:
@@ -230,16 +230,8 @@ class Sparsifier:
     def _after_optimizer_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if inside_another_step(optimizer):
             return
-        mine, is_clock = list(self.layers.values()), True
-        if len(self._optimizers.all) > 1:
-            found = self._optimizers.holders()
-            holders = {name: found.get(id(layer.target.parameter), []) for name, layer in self.layers.items()}
-            mine = [layer for name, layer in self.layers.items() if optimizer in holders[name]]
-            # The clock is the last optimizer that holds sparse weights, and any other that holds them too.
-            last = next(
-                (o for o in reversed(self._optimizers.all) if any(o in held for held in holders.values())), None
-            )
-            is_clock = optimizer is last or any(optimizer in held and last in held for held in holders.values())
+        turn = self._optimizers.turn(optimizer, {n: layer.target.parameter for n, layer in self.layers.items()})
+        mine, is_clock = [self.layers[name] for name in turn.mine], turn.is_clock
         skipped = was_skipped(optimizer)
         for layer in mine:
             layer.after_step()
@@ -393,7 +385,7 @@ class Sparsifier:
 
         Raises StateError, and changes nothing, when the state is of another method, other options or another model.
         """
-        self._check_state(state)
+        check_state(state, self.method, self.total_steps, self.layers)
         self._take(state)
 
     def _take(self, state: dict[str, Any]) -> None:
@@ -410,38 +402,3 @@ class Sparsifier:
         self._further_gradients = dict(state["further_gradients"])
         self._reloaded = {}
         self._prepare_next_step(resumed=True)
-
-    def _check_state(self, state: dict[str, Any]) -> None:
-        if not isinstance(state, dict) or state.get("format") != FORMAT:
-            raise StateError("This is not a sparsifier's state, or it was written by another version of rarefy.")
-        check_plain_parts(state, len(self.layers))
-        mine = {k: plain(v) for k, v in self.method.options().items()} | {"total_steps": self.total_steps}
-        saved = {**state["options"], "total_steps": state["total_steps"]}
-        if state["method"] != self.method.name:
-            raise StateError(f"The state is of method {state['method']!r}, this sparsifier's is {self.method.name!r}.")
-        for option in mine.keys() | saved.keys():
-            if mine.get(option) != saved.get(option):
-                raise StateError(
-                    f"{self.method.name}: option {option} was {saved.get(option)!r} when the state was saved and is "
-                    f"{mine.get(option)!r} now. Make the sparsifier with the same options."
-                )
-        layers = state["layers"]
-        if any(list(part) != list(self.layers) for part in (layers, state["kept_steps"], state["further_gradients"])):
-            odd = set(layers) ^ set(self.layers)
-            raise StateError(
-                f"The state is of another model: these layers differ: {', '.join(sorted(odd)) or 'their order'}."
-            )
-        for name, layer in self.layers.items():
-            layer.check_state(layers[name])
-
-
-def _check_free(targets: Sequence[Target]) -> None:
-    """Refuse weights that another sparsifier still manages: the two would undo each other's work."""
-    for target in targets:
-        for hook in target.module._load_state_dict_post_hooks.values():
-            owner = hook.owner if isinstance(hook, AfterLoad) else None
-            if isinstance(owner, Layer) and owner.target.attribute == target.attribute:
-                raise SelectionError(
-                    f"{target.name} {list(target.shape)} is sparse already: call finalize() or detach() of the sparsifier "
-                    "that manages it first, or exclude it."
-                )

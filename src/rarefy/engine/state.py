@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from rarefy.errors import StateError
+
+if TYPE_CHECKING:
+    from rarefy.engine.layer import Layer
+    from rarefy.engine.method import Method
 
 FORMAT = 1
 
@@ -36,7 +41,31 @@ def plain(value: Any) -> Any:
     return [plain(v) for v in value] if isinstance(value, list | tuple) else str(value)
 
 
-def check_plain_parts(state: dict[str, Any], layers: int) -> None:
+def check_state(state: Any, method: Method, total_steps: int | None, layers: Mapping[str, Layer]) -> None:
+    """Raise StateError unless a saved state is whole, and of this method, these options and these layers."""
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise StateError("This is not a sparsifier's state, or it was written by another version of rarefy.")
+    _check_parts(state, len(layers))
+    mine = {k: plain(v) for k, v in method.options().items()} | {"total_steps": total_steps}
+    saved = {**state["options"], "total_steps": state["total_steps"]}
+    if state["method"] != method.name:
+        raise StateError(f"The state is of method {state['method']!r}, this sparsifier's is {method.name!r}.")
+    for option in mine.keys() | saved.keys():
+        if mine.get(option) != saved.get(option):
+            raise StateError(
+                f"{method.name}: option {option} was {saved.get(option)!r} when the state was saved and is "
+                f"{mine.get(option)!r} now. Make the sparsifier with the same options."
+            )
+    if any(list(state[part]) != list(layers) for part in ("layers", "kept_steps", "further_gradients")):
+        odd = set(state["layers"]) ^ set(layers)
+        raise StateError(
+            f"The state is of another model: these layers differ: {', '.join(sorted(odd)) or 'their order'}."
+        )
+    for name, layer in layers.items():
+        layer.check_state(state["layers"][name])
+
+
+def _check_parts(state: dict[str, Any], layers: int) -> None:
     """Raise StateError unless every part is there and is of its kind."""
     missing = _PARTS.keys() - state.keys()
     if missing:
