@@ -16,7 +16,7 @@ SMALL = ["--set", "limit_train=200", "--set", "limit_test=100", "--epochs", "2",
 
 
 def call(*words: str) -> str:
-    result = CliRunner().invoke(app, ["search", *words])
+    result = CliRunner().invoke(app, ["search", *words], env={"COLUMNS": "200"})  # a terminal or not: wide enough
     assert result.exit_code == 0, result.output
     return result.output
 

@@ -37,7 +37,7 @@ def psnr(images: Tensor, targets: Tensor, *, border: int = 0) -> float:
         dB; infinity where an image equals its target.
 
     Example:
-        >>> round(psnr(torch.full((1, 1, 4, 4), 0.6), torch.full((1, 1, 4, 4), 0.5)), 6)
+        >>> round(psnr(torch.full((1, 1, 4, 4), 0.6), torch.full((1, 1, 4, 4), 0.5)), 3)
         20.0
     """
     if images.shape != targets.shape or images.dim() != 4:
