@@ -11,13 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable
 from typing import NamedTuple
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # or PyTorch's idle threads take the cores from ours
 
 import torch
 import torch.nn.functional as F
