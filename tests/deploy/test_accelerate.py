@@ -271,3 +271,25 @@ def test_transformers_run_their_linear_layers_natively(name: str) -> None:
     same(again(x), model(x))
     with pytest.raises(ModelError, match="takes torch"):
         fast(x.double())
+
+
+def test_what_was_trained_compressed_is_traced_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rarefy.deploy import accelerated
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 36, 12))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparse = rarefy.sparsify(model, "static", sparsity=0.9, optimizer=optimizer, storage="compressed")
+    sparse.finalize(compressed=True)
+    x = torch.randn(2, 4, 8, 8)
+    expected, before = model(x).detach(), {k: v.clone() for k, v in model.state_dict().items()}
+    fast = rarefy.accelerate(model, x)
+    same(fast(x), expected)
+    assert [(layer.name, layer.kind) for layer in fast.plan.layers] == [("0", "conv"), ("3", "linear")]
+    assert all(0.8 < layer.sparsity < 1 for layer in fast.plan.layers) and not fast.plan.notes
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[k], v) for k, v in before.items())
+    monkeypatch.setattr(accelerated, "LARGEST", 16 * 36 * 12 - 1)  # as if the linear layer were too large
+    fast = rarefy.accelerate(model, x)
+    same(fast(x), expected)
+    assert any(note.startswith("3: 12 x 576 is too large") for note in fast.plan.notes)

@@ -15,9 +15,13 @@ from rarefy.deploy.compile import Compiled, compile_graph
 from rarefy.deploy.graph import Graph, trace
 from rarefy.deploy.measure import Memory, race
 from rarefy.deploy.plan import LayerPlan, Plan
+from rarefy.engine.conversion import decompress
+from rarefy.engine.optimizer_state import Optimizers
 from rarefy.errors import ModelError, OptionError
 from rarefy.kernels import threads
+from rarefy.nn import SparseModule
 
+LARGEST = 1 << 28  # entries (1 GB): compressed layers whose dense weight would be larger stay on their own operators
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 
@@ -48,6 +52,11 @@ class AcceleratedModel(nn.Module):
         except Exception as error:  # what stops a tracer is the user's code: anything
             self._graph = None
             notes.append(f"not traced as a whole ({_first_line(error)}): its layers are replaced one by one")
+        notes += [
+            f"{name}: {module.rows:,} x {module.cols:,} is too large to be held dense; it runs on its own sparse operator"
+            for name, module in self.model.named_modules()
+            if isinstance(module, SparseModule)
+        ]
         ways = _dense_ways(self.model, example, self._dtype)
         compiled: Compiled | _Swapped
         if self._graph is not None:
@@ -212,6 +221,7 @@ def accelerate(
             what = f"{x.dtype} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
             raise OptionError(f"example_input must be tensors on the CPU, float32 or whole numbers; one is {what}")
     copied = copy.deepcopy(model).eval().requires_grad_(False)
+    _plain(copied)
     try:
         with torch.inference_mode():
             copied(*example)
@@ -255,6 +265,13 @@ def _dense_runner(name: str, model: nn.Module, example: tuple[Tensor, ...], dtyp
     last: Any = copy.deepcopy(model)
     last = last.to(memory_format=torch.channels_last)
     return lambda *args: last(*[x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in args])
+
+
+def _plain(model: nn.Module) -> None:
+    """Give layers that hold kept values only their dense weights, in place: tracing, packing and dense rivals want them."""
+    for module in [m for m in model.modules() if isinstance(m, SparseModule)]:
+        if module.rows * module.cols <= LARGEST:
+            decompress(module, Optimizers([]))
 
 
 def _zeros(example: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> tuple[Tensor, ...]:
