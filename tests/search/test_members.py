@@ -16,7 +16,7 @@ import torch
 from rarefy.errors import OptionError, StateError
 from rarefy.search import MemberError, Workers, run_members
 from rarefy.search.members import has_ray
-from tests.search.trainings import count_in, dies, draws
+from tests.search.trainings import count_in, dies, draws, fails_beside
 
 SEEDS = [5, 6, 2**63 - 1]
 
@@ -125,6 +125,13 @@ def test_finished_members_are_kept_when_one_fails(workers: Workers, tmp_path: Pa
     (tmp_path / "kept" / "member-2.pt").write_bytes(b"half")
     with pytest.raises(StateError, match=r"member-2\.pt cannot be read"):
         run_members(job, [0, 1, 2], [0, 1, 2], workers, tmp_path / "kept")
+
+
+def test_what_runs_beside_a_failure_is_kept(tmp_path: Path) -> None:
+    job = partial(fails_beside, str(tmp_path))
+    with pytest.raises(MemberError, match="item one is broken"):
+        run_members(job, [0, 1], [0, 1], Workers("processes", 2), tmp_path / "kept")
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["member-0.pt"]
 
 
 def test_a_worker_that_dies_is_named(tmp_path: Path) -> None:

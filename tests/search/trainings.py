@@ -98,6 +98,18 @@ def count_in(folder: str, item: int) -> int:
     return 10 * item
 
 
+def fails_beside(folder: str, item: int) -> int:
+    """Item 1 fails while item 0 is still running."""
+    other = Path(folder) / "failing"
+    if item == 1:
+        other.touch()
+        raise ValueError("item one is broken")
+    while not other.exists():
+        time.sleep(0.01)
+    time.sleep(0.3)
+    return 10 * item
+
+
 def dies(item: int) -> int:
     if item == 1:
         os.kill(os.getpid(), signal.SIGKILL)

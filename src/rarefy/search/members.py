@@ -111,7 +111,8 @@ def run_members(
         The results in the order of the items: tensors (on the CPU), numbers, strings, lists and dicts of these.
 
     Raises:
-        MemberError: a member failed, or its process died. Results that were finished are in the folder.
+        MemberError: a member failed, or its process died. Nothing new was started then, and what was finished or
+            running beside it is in the folder.
         StateError: a file in the folder is damaged, or of another seed or another `same`.
         OptionError: function or items cannot be sent to a worker.
     """
@@ -127,20 +128,30 @@ def run_members(
                 results[i] = found["result"]
     todo = [i for i in range(len(items)) if i not in results]
     run = {"here": _here, "processes": _in_processes, "ray": _in_ray}[workers.chosen()]
-    for i, data in run(function, [(i, items[i], seeds[i]) for i in todo], workers) if todo else ():
-        results[i] = unpack(data)
+    failed: MemberError | None = None
+    for i, outcome in run(function, [(i, items[i], seeds[i]) for i in todo], workers) if todo else ():
+        if isinstance(outcome, MemberError):
+            failed = failed or outcome
+            continue
+        results[i] = unpack(outcome)
         if home is not None:
             write(home / f"member-{i}.pt", {**(same or {}), "seed": seeds[i], "result": results[i]})
+    if failed is not None:
+        raise failed
     return [results[i] for i in range(len(items))]
 
 
 Job = tuple[int, Any, int]  # number, item, seed
-Done = Iterator[tuple[int, bytes]]
+# A backend starts nothing new after a failure, and still hands out what was running beside it.
+Done = Iterator[tuple[int, "bytes | MemberError"]]
 
 
 def _here(function: Callable[[Any], Any], jobs: Sequence[Job], workers: Workers) -> Done:
     for number, item, seed in jobs:
-        yield number, _told(number, _member(*copy.deepcopy((function, item)), seed, _settings(workers.threads)))
+        outcome = _told(number, _member(*copy.deepcopy((function, item)), seed, _settings(workers.threads)))
+        yield number, outcome
+        if isinstance(outcome, MemberError):
+            return
 
 
 def _in_processes(function: Callable[[Any], Any], jobs: Sequence[Job], workers: Workers) -> Done:
@@ -162,13 +173,10 @@ def _in_processes(function: Callable[[Any], Any], jobs: Sequence[Job], workers: 
             while waiting:
                 for future in wait(waiting, return_when=FIRST_COMPLETED).done:
                     number = waiting.pop(future)
-                    try:
-                        yield number, _told(number, future.result())
-                    except BrokenProcessPool as error:
-                        raise MemberError(
-                            "a worker process died: was it killed, or was there too little memory? Finished members are "
-                            "kept where a folder was given; the same call goes on from there."
-                        ) from error
+                    outcome = _result(number, future)
+                    yield number, outcome
+                    if isinstance(outcome, MemberError):
+                        waiting = {later: n for later, n in waiting.items() if not later.cancel()}
         finally:
             for future in waiting:
                 future.cancel()
@@ -196,10 +204,12 @@ def _in_ray(function: Callable[[Any], Any], jobs: Sequence[Job], workers: Worker
         done, _ = ray.wait(list(running), num_returns=1)
         number = running.pop(done[0])
         try:
-            data = ray.get(done[0])
+            outcome = _told(number, ray.get(done[0]))
         except ray.exceptions.RayError as error:
-            raise MemberError(f"member {number}: its Ray worker failed: {error}") from error
-        yield number, _told(number, data)
+            outcome = MemberError(f"member {number}: its Ray worker failed: {error}")
+        if isinstance(outcome, MemberError):
+            todo.clear()
+        yield number, outcome
 
 
 def _unpickled(task: bytes) -> bytes | str:
@@ -217,10 +227,18 @@ def _member(function: Callable[[Any], Any], item: Any, seed: int, settings: dict
             return traceback.format_exc()
 
 
-def _told(number: int, outcome: bytes | str) -> bytes:
-    if isinstance(outcome, str):
-        raise MemberError(f"member {number} failed: {outcome}")
-    return outcome
+def _result(number: int, future: Future[bytes | str]) -> bytes | MemberError:
+    try:
+        return _told(number, future.result())
+    except BrokenProcessPool:
+        return MemberError(
+            "a worker process died: was it killed, or was there too little memory? Finished members are "
+            "kept where a folder was given; the same call goes on from there."
+        )
+
+
+def _told(number: int, outcome: bytes | str) -> bytes | MemberError:
+    return MemberError(f"member {number} failed: {outcome}") if isinstance(outcome, str) else outcome
 
 
 def _settings(threads: int) -> dict[str, Any]:
