@@ -75,7 +75,7 @@ def test_snip_too() -> None:
 def test_blocks_of_rows_find_what_the_whole_gradient_does(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = [train(net, "compressed", sgd, "rigl", 40, every=5)[0].masks() for net in NETS]
     monkeypatch.setattr("rarefy.engine.dense_gradient.BLOCK", 37)
-    monkeypatch.setattr("rarefy.engine.compressed.BLOCK", 37)
+    monkeypatch.setattr("rarefy.engine.positions.BLOCK", 37)
     parts = [train(net, "compressed", sgd, "rigl", 40, every=5)[0].masks() for net in NETS]
     for a, b in zip(whole, parts, strict=True):
         assert all(torch.equal(a[name], b[name]) for name in a)

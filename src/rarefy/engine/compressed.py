@@ -12,15 +12,16 @@ from torch.utils.hooks import RemovableHandle
 
 from rarefy import kernels
 from rarefy.engine import conversion
-from rarefy.engine.dense_gradient import BLOCK, DenseGradient
+from rarefy.engine.dense_gradient import DenseGradient
 from rarefy.engine.distributed import active, from_first_rank
 from rarefy.engine.factors import Factors
 from rarefy.engine.layer import Change, Layer
 from rarefy.engine.loading import AfterLoad
 from rarefy.engine.optimizer_state import Optimizers
+from rarefy.engine.positions import by_group, draw
 from rarefy.engine.selection import Target
+from rarefy.engine.state import are_positions, check_layer, check_mask
 from rarefy.errors import OptionError, RarefyError, StateError
-from rarefy.kernels.sampling import sample
 from rarefy.kernels.watch import watch
 from rarefy.nn import SparseModule
 from rarefy.nn.topology import Move, compress, flat_positions, problem, union
@@ -151,8 +152,7 @@ class CompressedLayer(Layer):
             only.view(-1)[among] = pooled.reshape(-1)[among]
             pooled = only
         if besides is not None:
-            pooled = pooled.clone()
-            pooled.view(-1)[besides] = -math.inf
+            pooled = pooled.reshape(-1).index_fill(0, besides, -math.inf).view(pooled.shape)
         return self._select(pooled, counts).reshape(-1).nonzero().squeeze(1)
 
     def kept(self, where: Tensor | None = None) -> Tensor:
@@ -162,12 +162,8 @@ class CompressedLayer(Layer):
         kept, scores = self._kept(), self._values().abs()
         if isinstance(counts, int) or self.groups == 1:
             return kept[self._select(scores, int(counts))]
-        group = kept // self.units_per_group
-        lengths = torch.bincount(group, minlength=self.groups)
-        slot = torch.arange(kept.numel(), device=kept.device) - (lengths.cumsum(0) - lengths)[group]
-        table = scores.new_full((self.groups, int(lengths.max())), -1)
-        table[group, slot] = scores
-        return kept[self._select(table, counts)[group, slot]]
+        table, where = by_group(kept // self.units_per_group, scores, self.groups)
+        return kept[self._select(table, counts)[where]]
 
     def largest_gradients(self, counts: Tensor | int, *, besides: Tensor | None = None) -> Tensor:
         module = self._seen()
@@ -197,29 +193,9 @@ class CompressedLayer(Layer):
         return self._sparse
 
     def random(self, counts: Tensor, generator: torch.Generator, *, besides: Tensor | None = None) -> Tensor:
-        device = self.target.parameter.device
-        if self.groups > 1:
-            return self._random_in_groups(counts, generator, besides)
         if besides is None:
-            return sample(self.numel, int(counts), generator).to(device).sort().values
-        ranks = sample(self.numel - besides.numel(), int(counts), generator).to(device).sort().values
-        # the r-th absent position lies behind all present ones that have r or fewer absent ones before them
-        absent_before = besides - torch.arange(besides.numel(), device=besides.device)
-        return ranks + torch.searchsorted(absent_before, ranks, right=True)
-
-    def _random_in_groups(self, counts: Tensor, generator: torch.Generator, besides: Tensor | None) -> Tensor:
-        """Rank random scores within the groups, a few groups at a time."""
-        size, device, found = self.units_per_group, self.target.parameter.device, []
-        step = max(1, BLOCK // size)
-        for first in range(0, self.groups, step):
-            last = min(first + step, self.groups)
-            scores = torch.rand((last - first, size), generator=generator).to(device)
-            if besides is not None:
-                inside = besides[(besides >= first * size) & (besides < last * size)]
-                scores.view(-1)[inside - first * size] = -1
-            chosen = self._select(scores, counts[first:last])
-            found.append(chosen.reshape(-1).nonzero().squeeze(1) + first * size)
-        return torch.cat(found)
+            besides = torch.empty(0, dtype=torch.int64, device=self.target.parameter.device)
+        return draw(self.groups, self.units_per_group, counts, generator, besides)
 
     def spread(self, chosen: Tensor) -> Tensor:
         flat = torch.zeros(self.numel, dtype=torch.bool, device=chosen.device)
@@ -240,10 +216,7 @@ class CompressedLayer(Layer):
         return self._keep(union(*chosen))
 
     def keep(self, mask: Tensor) -> Change:
-        if tuple(mask.shape) != self.shape or mask.dtype != torch.bool:
-            raise StateError(
-                f"{self.name}: a mask must be bool {list(self.shape)}, not {mask.dtype} {list(mask.shape)}."
-            )
+        check_mask(self, mask)
         return self._keep(mask.reshape(-1).nonzero().squeeze(1).to(self.target.parameter.device))
 
     @torch.no_grad()
@@ -255,15 +228,14 @@ class CompressedLayer(Layer):
             self._ever = union(old if self._ever is None else self._ever.to(new.device), new)
             self._known, self._dead = new.numel(), None
             self._enforce_bias(afresh=True)
-        elif self.nnz < self.numel:
-            move = Move(self._kept(), new)
+            change = Change(move.dropped, move.grown)
+        else:
+            if self.nnz < self.numel:
+                move = Move(self._kept(), new)
+                change = Change(move.dropped, move.grown)
+            else:  # all were kept
+                change = Change(self.numel - new.numel(), 0)
             self._chosen = new
-        else:  # all were kept
-            self._chosen = new
-            change = Change(self.numel - new.numel(), 0)
-            self._on_change(self, change)
-            return change
-        change = Change(move.dropped, move.grown)
         self._on_change(self, change)
         return change
 
@@ -399,28 +371,16 @@ class CompressedLayer(Layer):
     def check_state(self, state: object) -> None:
         if isinstance(state, dict) and "mask" in state:
             raise StateError(f'{self.name}: the state was saved with storage="masked"; this one is compressed.')
-        if (
-            not isinstance(state, dict)
-            or not {"shape", "pattern", "crow", "col", "explored", "gradient"} <= state.keys()
-        ):
-            raise StateError(f"{self.name}: the saved state of this layer is incomplete.")
-        for key, mine in (("shape", list(self.shape)), ("pattern", str(self.pattern))):
-            if state[key] != mine:
-                raise StateError(f"{self.name}: the saved {key} is {state[key]!r}, this model's is {mine!r}.")
+        state = check_layer(self, state, "crow", "col", "explored", "gradient")
         crow, col, ever = state["crow"], state["col"], state["explored"]
         if not isinstance(crow, Tensor) or not isinstance(col, Tensor):
             raise StateError(f"{self.name}: the saved indices are not tensors.")
         if wrong := problem(col, crow, col, *self._flat_shape()):
             raise StateError(f"{self.name} {list(self.shape)}: the saved indices are damaged: {wrong}.")
-        if ever is not None and not self._are_positions(ever):
+        if ever is not None and not are_positions(ever, self.numel):
             raise StateError(f"{self.name} {list(self.shape)}: the saved explored is not a list of its positions.")
         if not self._gradient.fits(state["gradient"], *self._flat_shape()):
             raise StateError(f"{self.name} {list(self.shape)}: the saved gradient is not one of this weight.")
-
-    def _are_positions(self, ever: Any) -> bool:
-        if not isinstance(ever, Tensor) or ever.dtype != torch.int64 or ever.dim() != 1 or not ever.numel():
-            return False
-        return int(ever[0]) >= 0 and int(ever[-1]) < self.numel and bool((ever.diff() > 0).all())
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from rarefy.engine.loading import AfterLoad
 from rarefy.engine.optimizer_state import Optimizers
 from rarefy.engine.passes import GradientSum
 from rarefy.engine.selection import Target
+from rarefy.engine.state import are_bits, check_layer, check_mask
 from rarefy.errors import OptionError, RarefyError, SelectionError, StateError
 from rarefy.kernels.sampling import sample
 from rarefy.nn import SparseModule
@@ -171,10 +172,7 @@ class MaskedLayer(Layer):
 
     @torch.no_grad()
     def keep(self, mask: Tensor) -> Change:
-        if tuple(mask.shape) != self.shape or mask.dtype != torch.bool:
-            raise StateError(
-                f"{self.name}: a mask must be bool {list(self.shape)}, not {mask.dtype} {list(mask.shape)}."
-            )
+        check_mask(self, mask)
         old, taught = self._here(), self._taught()
         mask = mask.to(old.device)
         kept = int(mask.sum())
@@ -339,16 +337,9 @@ class MaskedLayer(Layer):
         }
 
     def check_state(self, state: object) -> None:
-        if not isinstance(state, dict) or not {"shape", "pattern", "mask", "explored", "gradient"} <= state.keys():
-            raise StateError(f"{self.name}: the saved state of this layer is incomplete.")
-        for key, mine in (("shape", list(self.shape)), ("pattern", str(self.pattern))):
-            if state[key] != mine:
-                raise StateError(f"{self.name}: the saved {key} is {state[key]!r}, this model's is {mine!r}.")
+        state = check_layer(self, state, "mask", "explored", "gradient")
         for key in ("mask", "explored"):
-            bits: Any = state[key]
-            if bits is None and key == "explored":
-                continue
-            if not isinstance(bits, Tensor) or bits.dtype != torch.uint8 or tuple(bits.shape) != (-(-self.numel // 8),):
+            if not are_bits(state[key], self.numel) and not (key == "explored" and state[key] is None):
                 raise StateError(
                     f"{self.name} {list(self.shape)}: the saved {key} is not a bit mask of {self.numel} bits."
                 )

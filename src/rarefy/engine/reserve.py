@@ -22,6 +22,7 @@ from rarefy.engine.layer import Change, Layer
 from rarefy.engine.masked import MaskedLayer
 from rarefy.engine.optimizer_state import Optimizers
 from rarefy.engine.selection import Target
+from rarefy.engine.state import are_bits, are_positions
 from rarefy.errors import SelectionError, StateError
 from rarefy.nn import SparseModule
 from rarefy.nn.topology import Move, union
@@ -178,9 +179,7 @@ class ReservingMaskedLayer(MaskedLayer, ReservingLayer):
     def check_state(self, state: object) -> None:
         super().check_state(state)
         assert isinstance(state, dict)
-        bits = state.get("trained")
-        good = isinstance(bits, Tensor) and bits.dtype == torch.uint8 and tuple(bits.shape) == (-(-self.numel // 8),)
-        if not good or not _is_store(state.get("store"), self.shape):
+        if not are_bits(state.get("trained"), self.numel) or not _is_store(state.get("store"), self.shape):
             raise StateError(
                 f"{self.name} {list(self.shape)}: the saved weights that are not kept are not of this weight."
             )
@@ -339,7 +338,7 @@ class ReservingCompressedLayer(CompressedLayer, ReservingLayer):
     def check_state(self, state: object) -> None:
         super().check_state(state)
         assert isinstance(state, dict)
-        if not self._are_positions(state.get("trained")) or not _is_store(state.get("store"), (self.numel,)):
+        if not are_positions(state.get("trained"), self.numel) or not _is_store(state.get("store"), (self.numel,)):
             raise StateError(
                 f"{self.name} {list(self.shape)}: the saved weights that are not kept are not of this weight."
             )

@@ -23,7 +23,7 @@ from rarefy.engine.optimizer_state import Optimizers, check_optimizers, inside_a
 from rarefy.engine.reparametrised import ReparametrisedLayer
 from rarefy.engine.reserve import RESERVING, show
 from rarefy.engine.selection import Selector, Target, check_fit, find_targets, leave_all
-from rarefy.engine.state import FORMAT, check_state, plain
+from rarefy.engine.state import check_state, collect
 from rarefy.engine.summary import Row, Summary, added_since
 from rarefy.errors import OptionError, nearest
 from rarefy.metrics.flops import flops
@@ -362,22 +362,10 @@ class Sparsifier:
 
         Only tensors, numbers, strings, lists and dicts: `torch.load(weights_only=True)` reads it. Masks are bit-packed.
         """
-        index = {name: i for i, name in enumerate(self.layers)}
-        rows = [[e.step, index[e.layer], e.dropped, e.grown, e.kept] for e in self.events]
-        return {
-            "format": FORMAT,
-            "method": self.method.name,
-            "options": {k: plain(v) for k, v in self.method.options().items()},
-            "total_steps": self.total_steps,
-            "seed": self.seed,
-            "step": self.step_count,
-            "generator": self.generator.get_state(),
+        return collect(self) | {
             "dense_gradient_steps": self._dense_gradient_steps,
             "kept_steps": dict(self._kept_steps),
             "further_gradients": dict(self._further_gradients),
-            "events": torch.tensor(rows, dtype=torch.int64).reshape(-1, 5),
-            "memory": dict(self.memory),
-            "layers": {name: layer.state_dict() for name, layer in self.layers.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from rarefy.errors import StateError
 if TYPE_CHECKING:
     from rarefy.engine.layer import Layer
     from rarefy.engine.method import Method
+    from rarefy.engine.sparsifier import Sparsifier
 
 FORMAT = 1
 
@@ -41,6 +42,24 @@ def plain(value: Any) -> Any:
     return [plain(v) for v in value] if isinstance(value, list | tuple) else str(value)
 
 
+def collect(sparse: Sparsifier) -> dict[str, Any]:
+    """Return all that an exact resume needs: tensors, numbers, strings, lists and dicts."""
+    index = {name: i for i, name in enumerate(sparse.layers)}
+    rows = [[e.step, index[e.layer], e.dropped, e.grown, e.kept] for e in sparse.events]
+    return {
+        "format": FORMAT,
+        "method": sparse.method.name,
+        "options": {k: plain(v) for k, v in sparse.method.options().items()},
+        "total_steps": sparse.total_steps,
+        "seed": sparse.seed,
+        "step": sparse.step_count,
+        "generator": sparse.generator.get_state(),
+        "events": torch.tensor(rows, dtype=torch.int64).reshape(-1, 5),
+        "memory": dict(sparse.memory),
+        "layers": {name: layer.state_dict() for name, layer in sparse.layers.items()},
+    }
+
+
 def check_state(state: Any, method: Method, total_steps: int | None, layers: Mapping[str, Layer]) -> None:
     """Raise StateError unless a saved state is whole, and of this method, these options and these layers."""
     if not isinstance(state, dict) or state.get("format") != FORMAT:
@@ -63,6 +82,34 @@ def check_state(state: Any, method: Method, total_steps: int | None, layers: Map
         )
     for name, layer in layers.items():
         layer.check_state(state["layers"][name])
+
+
+def check_layer(layer: Layer, state: object, *parts: str) -> dict[str, Any]:
+    """Return a layer's saved state, or raise StateError unless it has these parts and is of this shape and pattern."""
+    if not isinstance(state, dict) or not {"shape", "pattern", *parts} <= state.keys():
+        raise StateError(f"{layer.name}: the saved state of this layer is incomplete.")
+    for key, mine in (("shape", list(layer.shape)), ("pattern", str(layer.pattern))):
+        if state[key] != mine:
+            raise StateError(f"{layer.name}: the saved {key} is {state[key]!r}, this model's is {mine!r}.")
+    return state
+
+
+def check_mask(layer: Layer, mask: Tensor) -> None:
+    """Raise StateError unless this is a mask of the layer's weight."""
+    if tuple(mask.shape) != layer.shape or mask.dtype != torch.bool:
+        raise StateError(f"{layer.name}: a mask must be bool {list(layer.shape)}, not {mask.dtype} {list(mask.shape)}.")
+
+
+def are_bits(bits: object, numel: int) -> bool:
+    """Whether this is a bit mask of so many bits, packed."""
+    return isinstance(bits, Tensor) and bits.dtype == torch.uint8 and tuple(bits.shape) == (-(-numel // 8),)
+
+
+def are_positions(flat: object, numel: int) -> bool:
+    """Whether these are ascending flat positions, one or more, in a tensor of so many entries."""
+    if not isinstance(flat, Tensor) or flat.dtype != torch.int64 or flat.dim() != 1 or not flat.numel():
+        return False
+    return int(flat[0]) >= 0 and int(flat[-1]) < numel and bool((flat.diff() > 0).all())
 
 
 def _check_parts(state: dict[str, Any], layers: int) -> None:
