@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rarefy.kernels.bitpack import pack_mask, unpack_mask
 from rarefy.kernels.conv import spconv2d
+from rarefy.kernels.lowp_ops import sparse_linear_bfloat16, sparse_linear_int8
 from rarefy.kernels.native import native_config, threads
 from rarefy.kernels.ops import sparse_conv2d, sparse_linear
 from rarefy.kernels.select import select_k
@@ -18,6 +19,8 @@ __all__ = [
     "select_k",
     "sparse_conv2d",
     "sparse_linear",
+    "sparse_linear_bfloat16",
+    "sparse_linear_int8",
     "spconv2d",
     "threads",
     "unpack_mask",

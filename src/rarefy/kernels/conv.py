@@ -14,13 +14,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from rarefy.errors import OptionError
 from rarefy.kernels import reference
 from rarefy.kernels.native import native, threads
 from rarefy.kernels.ops import check_compressed, check_geometry, out_size
-from rarefy.kernels.plans import PlanCache
+from rarefy.kernels.plans import PlanCache, Seen
 
 __all__ = ["ACTIVATIONS", "spconv2d"]
 
@@ -92,17 +91,13 @@ class _Packed:
     def __init__(self, conv: Any) -> None:
         self._conv = conv
         self._turn = threading.Lock()
-        self._seen: tuple[int, int] | None = None
-        self._storage: StorageWeakRef | None = None
+        self._seen = Seen()
 
     def run(self, values: Tensor, *args: Any) -> None:
         """Convolve with these values."""
-        # Inference tensors do not count their changes.
-        seen = None if values.is_inference() else (values.data_ptr(), values._version)
         with self._turn:
-            if seen is None or seen != self._seen or self._storage is None or self._storage.expired():
+            if not self._seen.again(values):
                 self._conv.set_values(values.contiguous().numpy())
-                self._seen, self._storage = seen, StorageWeakRef(values.untyped_storage())
             self._conv.run(*args)
 
 

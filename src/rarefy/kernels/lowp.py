@@ -67,21 +67,33 @@ def bfloat16_pointwise_layer(
 class Int8Linear:
     """A sparse int8 weight [out, in] with one scale per output, for uint8 activations; exact in int32.
 
-    y = act(scale * x_scale * (W (x - x_zero)) + bias), float32. `weight` is int8 (its zeros are what is left out), `scale`
-    float32 [out]. Raises OptionError where shapes or dtypes do not fit.
+    y = act(scale * x_scale * (W (x - x_zero)) + bias), float32. `weight` is int8 (its zeros are what is left out), or
+    compressed: then `features` says how many go in; `scale` is float32 [out]. Raises OptionError where shapes or dtypes do
+    not fit.
     """
 
-    def __init__(self, weight: Tensor, scale: Tensor, *, batch: int = 128, threads: int | None = None) -> None:
-        if weight.dtype != torch.int8 or weight.dim() != 2 or tuple(scale.shape) != (weight.shape[0],):
+    def __init__(
+        self,
+        weight: Weight,
+        scale: Tensor,
+        *,
+        features: int | None = None,
+        batch: int = 128,
+        threads: int | None = None,
+    ) -> None:
+        values = weight if isinstance(weight, Tensor) else weight[2]
+        outputs = weight.shape[0] if isinstance(weight, Tensor) else weight[0].shape[0] - 1
+        if values.dtype != torch.int8 or tuple(scale.shape) != (outputs,) or values.dim() > 2:
             raise OptionError(
-                f"Int8Linear takes an int8 weight [out, in] and one scale per output; these are {weight.dtype} "
-                f"{list(weight.shape)} and {list(scale.shape)}"
+                f"Int8Linear takes an int8 weight [out, in] and one scale per output; these are {values.dtype} "
+                f"{list(values.shape)} and {list(scale.shape)}"
             )
-        crow, col, values, cols = _compressed(weight.float(), None)
-        self.out_features, self.in_features = weight.shape
-        self._native = native.Int8Product(
-            crow, col, values, cols, scale.float().contiguous().numpy(), batch, threads or all_threads()
-        )
+        crow, col, numbers, cols = _compressed(weight.float() if isinstance(weight, Tensor) else weight, features)
+        self.out_features, self.in_features = outputs, cols
+        with _said("Int8Linear"):
+            self._native = native.Int8Product(
+                crow, col, numbers, cols, scale.float().contiguous().numpy(), batch, threads or all_threads()
+            )
 
     def __call__(
         self, x: Tensor, x_scale: float, x_zero: int = 0, bias: Tensor | None = None, act: str = "none"

@@ -59,5 +59,24 @@ class PlanCache:
             del self._plans[key]
 
 
+class Seen:
+    """Remembers some tensors by memory and version, to tell whether the next ones are the same and unchanged."""
+
+    def __init__(self) -> None:
+        self._seen: tuple[tuple[int, int], ...] = ()
+        self._storages: tuple[StorageWeakRef, ...] = ()
+
+    def again(self, *tensors: Tensor) -> bool:
+        """Return whether these are what was seen last; from now on they are."""
+        if any(t.is_inference() for t in tensors):  # these do not count their changes
+            self._seen = ()
+            return False
+        seen = tuple((t.data_ptr(), t._version) for t in tensors)
+        same = seen == self._seen and not any(storage.expired() for storage in self._storages)
+        if not same:
+            self._seen, self._storages = seen, tuple(StorageWeakRef(t.untyped_storage()) for t in tensors)
+        return same
+
+
 def _expired(entry: _Entry) -> bool:
     return any(storage.expired() for storage in entry.storages)
