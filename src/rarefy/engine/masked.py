@@ -19,7 +19,7 @@ from rarefy.engine.optimizer_state import Optimizers
 from rarefy.engine.passes import GradientSum
 from rarefy.engine.selection import Target
 from rarefy.engine.state import are_bits, check_layer, check_mask
-from rarefy.errors import OptionError, RarefyError, SelectionError, StateError
+from rarefy.errors import OptionError, PatternError, RarefyError, SelectionError, StateError
 from rarefy.kernels.sampling import sample
 from rarefy.nn import SparseModule
 from rarefy.patterns import Pattern
@@ -123,11 +123,11 @@ class MaskedLayer(Layer):
         return self._units(torch.zeros_like(mask).masked_scatter_(mask, where.to(mask.device)))
 
     def largest_magnitudes(self, counts: Tensor | int) -> Tensor:
-        return self._top(self.pattern.pool(self.weight().abs()).masked_fill(~self._kept_units(), -1), counts)
+        return self._top(self.pattern.pool(self.weight().abs()).masked_fill(~self._kept_units(), -math.inf), counts)
 
     def largest_gradients(self, counts: Tensor | int, *, besides: Tensor | None = None) -> Tensor:
         scores = self.pattern.pool(self._dense_gradient().abs())
-        return self._top(scores if besides is None else scores.masked_fill(besides, -1), counts)
+        return self._top(scores if besides is None else scores.masked_fill(besides, -math.inf), counts)
 
     def _keeps(self, places: Tensor) -> Tensor:
         return self._here().view(-1)[places]
@@ -151,9 +151,9 @@ class MaskedLayer(Layer):
     def random(self, counts: Tensor, generator: torch.Generator, *, besides: Tensor | None = None) -> Tensor:
         shape = (self.groups, self.units_per_group)
         device = self._mask.device
-        if self.groups > 1:  # a count for each group: rank random scores within the groups
+        if self.groups > 1 or self.pattern.coupled:  # a count for each group: rank random scores within the groups
             scores = torch.rand(shape, generator=generator).to(device)
-            return self._top(scores if besides is None else scores.masked_fill(besides, -1), counts)
+            return self._top(scores if besides is None else scores.masked_fill(besides, -math.inf), counts)
         chosen = torch.zeros(shape, dtype=torch.bool, device=device)
         if besides is None:
             chosen[0, sample(self.units_per_group, int(counts), generator).to(device)] = True
@@ -378,10 +378,12 @@ class MaskedLayer(Layer):
     def _top(self, scores: Tensor, counts: Tensor | int) -> Tensor:
         try:
             if isinstance(counts, int):
-                return kernels.select_k(scores.reshape(-1), counts).view_as(scores)
-            return kernels.select_k(scores, counts)
+                return self.pattern.choose_anywhere(scores, counts)
+            return self.pattern.choose(scores, counts)
         except OptionError as error:  # NaN: training has diverged
             raise OptionError(f"{self.name} {list(self.shape)}: {error}; try a lower learning rate") from error
+        except PatternError as error:
+            raise PatternError(f"{self.name} {list(self.shape)}: {error}.") from error
 
     def _kept_units(self) -> Tensor:
         return self._units(self._here())

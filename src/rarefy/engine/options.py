@@ -18,6 +18,7 @@ __all__ = [
     "check_curve",
     "check_decay",
     "check_fraction",
+    "check_free",
     "check_pattern",
     "check_positive",
     "check_sparsity",
@@ -27,6 +28,11 @@ __all__ = [
 def check_pattern(pattern: str | Pattern) -> None:
     """Refuse a pattern that cannot be read."""
     parse_pattern(pattern)
+
+
+def check_free(pattern: str | Pattern) -> None:
+    """Refuse a pattern whose weights cannot be dropped and grown one by one."""
+    parse_pattern(pattern).check_free()
 
 
 def check_sparsity(sparsity: float, pattern: str | Pattern) -> None:

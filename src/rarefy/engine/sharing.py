@@ -169,7 +169,7 @@ def _stage(layer: Layer, sparsity: float) -> int:
     fixed = layer.pattern.fixed_sparsity
     if fixed is None or sparsity >= fixed - 1e-9:
         return layer.pattern.keep(layer.shape)
-    return math.floor((1 - sparsity) * layer.units_per_group + 0.5)
+    return layer.pattern.stage(layer.shape, 1 - sparsity)
 
 
 def _units(layer: Layer, weights: int) -> Tensor:

@@ -9,6 +9,7 @@ from rarefy.kernels.native import native_config, threads
 from rarefy.kernels.ops import sparse_conv2d, sparse_linear
 from rarefy.kernels.select import select_k
 from rarefy.kernels.simplex import capped_simplex
+from rarefy.kernels.transposable import transposable_nm
 from rarefy.kernels.zero import apply_mask_
 
 __all__ = [
@@ -23,5 +24,6 @@ __all__ = [
     "sparse_linear_int8",
     "spconv2d",
     "threads",
+    "transposable_nm",
     "unpack_mask",
 ]

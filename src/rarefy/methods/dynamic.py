@@ -10,7 +10,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from rarefy.engine import Family, Layer, Method, Sparsifier
-from rarefy.engine.options import check_clock, check_decay, check_fraction
+from rarefy.engine.options import check_clock, check_decay, check_fraction, check_free
 from rarefy.errors import OptionError
 from rarefy.methods.static import RandomStart, Static
 from rarefy.schedules import Clock, decay
@@ -140,11 +140,16 @@ class SET(DropAndGrow, Static):
             fraction stays constant.
         decay: "cosine" (default), "linear", "constant" or "power".
 
-    Raises as `static` does, and OptionError where a fraction is given without total_steps.
+    Raises as `static` does, OptionError where a fraction is given without total_steps, and PatternError for a pattern that
+    chooses whole groups (transposable N:M).
     """
 
     name: ClassVar[str] = "set"
     family: ClassVar[Family] = "sparse to sparse"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_free(self.pattern)
 
 
 @dataclass(frozen=True, kw_only=True)

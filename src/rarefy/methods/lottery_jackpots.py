@@ -13,6 +13,7 @@ from rarefy.engine.options import (
     check_clock,
     check_decay,
     check_fraction,
+    check_free,
     check_pattern,
     check_sparsity,
 )
@@ -72,6 +73,7 @@ class LotteryJackpots(Method):
 
     def __post_init__(self) -> None:
         check_pattern(self.pattern)
+        check_free(self.pattern)
         check_sparsity(self.sparsity, self.pattern)
         check_allocation(self.allocation)
         check_fraction("initial", self.initial)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from rarefy.errors import OptionError
-from rarefy.patterns import NM, FanIn, Pattern, parse_pattern
+from rarefy.patterns import NM, FanIn, Pattern, TransposableNM, parse_pattern
 
 
 def kept(tensor: torch.Tensor) -> int:
@@ -42,7 +42,8 @@ class Compliance(NamedTuple):
 
     Attributes:
         sparsity: fraction of zeros.
-        obeyed: share of the pattern's parts that keep its rule. N:M: groups with at most N kept; block, row, column:
+        obeyed: share of the pattern's parts that keep its rule. N:M: groups with at most N kept; transposable
+            N:M: rows and columns of tiles with at most N kept; block, row, column:
             units that are all kept or all zero; constant fan-in: rows with the most common number kept;
             unstructured: 1.
         zero: share of units that are all zero (whole blocks, rows, columns; single weights for the other patterns).
@@ -69,6 +70,8 @@ def compliance(mask: torch.Tensor, pattern: Pattern | str) -> Compliance:
     unit = pattern.unit_size(mask.shape)
     if isinstance(pattern, NM):
         obeyed = counts.sum(1) <= pattern.n
+    elif isinstance(pattern, TransposableNM):
+        obeyed = pattern.lines(counts) <= pattern.n
     elif isinstance(pattern, FanIn):
         per_row = counts.sum(1)
         obeyed = per_row == per_row.mode().values

@@ -5,5 +5,18 @@ from __future__ import annotations
 from rarefy.patterns.base import Pattern
 from rarefy.patterns.kinds import NM, Block, FanIn, FilterGroup, Slice, Unstructured
 from rarefy.patterns.parsing import PATTERNS, parse_pattern
+from rarefy.patterns.transposable import TransposableNM, transposable_mask
 
-__all__ = ["NM", "PATTERNS", "Block", "FanIn", "FilterGroup", "Pattern", "Slice", "Unstructured", "parse_pattern"]
+__all__ = [
+    "NM",
+    "PATTERNS",
+    "Block",
+    "FanIn",
+    "FilterGroup",
+    "Pattern",
+    "Slice",
+    "TransposableNM",
+    "Unstructured",
+    "parse_pattern",
+    "transposable_mask",
+]

@@ -55,6 +55,8 @@ class Pattern(ABC):
 
     least_dims: ClassVar[int] = 2
     """The fewest dimensions that a weight must have."""
+    coupled: ClassVar[bool] = False
+    """Whether which units a group may keep depends on which others it keeps: then groups are chosen as wholes."""
 
     @abstractmethod
     def __str__(self) -> str:
@@ -204,11 +206,21 @@ class Pattern(ABC):
             >>> Unstructured().keep([300, 784], 0.1), FanIn().keep([300, 784], 0.1), NM(2, 4).keep([300, 784])
             (23520, 78, 2)
         """
-        _, units = self.units(shape)
+        self.check(shape)
         if density is None:
             raise OptionError(f"{self} has no density of its own; pass one in [0, 1]")
         if not 0.0 <= density <= 1.0:
             raise OptionError(f"density is {density}; it is the kept fraction and must lie in [0, 1]")
+        return self.stage(shape, density)
+
+    def stage(self, shape: Sequence[int], density: float) -> int:
+        """Return the units per group nearest to a density, also where the pattern prescribes one: a stage on the way to it.
+
+        Args:
+            shape: the weight's shape.
+            density: kept fraction in [0, 1].
+        """
+        _, units = self.units(shape)
         return math.floor(density * units + 0.5)
 
     def project(self, scores: Tensor, keep: int | Tensor, name: str = "weight") -> BoolTensor:
@@ -245,10 +257,45 @@ class Pattern(ABC):
         if problem := self._miscount(smallest, largest):
             raise PatternError(f"{name} {shape}: {problem}")
         try:
-            chosen = select_k(self.pool(scores), keep)
+            return self._best(scores, keep)  # type: ignore[return-value]
         except OptionError as error:
             raise OptionError(f"{name} {shape}: {error}") from error
-        return self.expand(chosen, shape)  # type: ignore[return-value]
+
+    def _best(self, scores: Tensor, keep: int | Tensor) -> Tensor:
+        """The mask of the best choice, where shape and numbers have been checked."""
+        return self.expand(self.choose(self.pool(scores), keep), scores.shape)
+
+    def choose(self, scores: Tensor, keep: int | Tensor) -> Tensor:
+        """Choose the `keep` units of every group with the largest summed score, among the choices that the pattern allows.
+
+        Args:
+            scores: [G, U], as `pool` returns them; minus infinity where a unit is not to be chosen while others are left.
+            keep: units per group: an int, or int64 [G].
+
+        Returns:
+            Bool [G, U].
+
+        Raises:
+            OptionError: `keep` is outside [0, U], or scores hold NaN.
+            PatternError: the pattern has no choice of that many units.
+        """
+        return select_k(scores, keep)
+
+    def choose_anywhere(self, scores: Tensor, keep: int) -> Tensor:
+        """Choose `keep` units over all groups together, whatever each group gets.
+
+        Args, returns, errors: as `choose`; PatternError always where units are `coupled`.
+        """
+        self.check_free()
+        return select_k(scores.reshape(-1), keep).view_as(scores)
+
+    def check_free(self) -> None:
+        """Raise PatternError where units are `coupled`, for those who would drop and grow them one by one."""
+        if self.coupled:
+            raise PatternError(
+                f"{self} chooses whole groups at once: its weights cannot be dropped and grown one by one; use a method that "
+                "chooses whole masks (magnitude, gradual, static) or a pattern whose weights are free, such as N:M"
+            )
 
     def obeys(self, mask: Tensor) -> bool:
         """Tell whether a mask is allowed by the pattern, whatever its sparsity.

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from rarefy.errors import OptionError, nearest
 from rarefy.patterns.base import Pattern
 from rarefy.patterns.kinds import NM, Block, FanIn, FilterGroup, Slice, Unstructured
+from rarefy.patterns.transposable import TransposableNM
 
 _WORDS: dict[str, Pattern] = {
     "unstructured": Unstructured(),
@@ -24,6 +25,8 @@ PATTERNS: Mapping[str, Pattern] = MappingProxyType(
         **_WORDS,
         "2:4": NM(2, 4),
         "2:4@0": NM(2, 4, 0),
+        "4:8t": TransposableNM(4, 8),
+        "4:8t-exact": TransposableNM(4, 8, "exact"),
         "4x1": Block(4, 1),
         "group16": FilterGroup(16),
         "group16-tap": FilterGroup(16, taps=True),
@@ -39,6 +42,7 @@ def parse_pattern(text: str | Pattern) -> Pattern:
     |---|---|
     | `unstructured` | `Unstructured()` |
     | `2:4`, `2:4@0` | `NM(2, 4)`, the same along dimension 0 |
+    | `4:8t`, `4:8t-exact` | `TransposableNM(4, 8)`, the same with another solver |
     | `4x1` | `Block(4, 1)` |
     | `row`, `channel`, `filter` | `Slice(0)` |
     | `column` | `Slice(1)` |
@@ -70,6 +74,8 @@ def parse_pattern(text: str | Pattern) -> Pattern:
     if match := re.fullmatch(r"(\d+):(\d+)(?:@(\d+))?", word):
         n, m, dim = match.groups(default="1")
         return NM(int(n), int(m), int(dim))
+    if match := re.fullmatch(r"(\d+):(\d+)t(?:-(\w+))?", word):
+        return TransposableNM(int(match[1]), int(match[2]), match[3] or "fast")
     if match := re.fullmatch(r"(\d+)x(\d+)", word):
         return Block(*map(int, match.groups()))
     if match := re.fullmatch(r"group(\d+)(-tap)?", word):

@@ -1,0 +1,59 @@
+"""The best N:M mask along rows and columns at once, for many tiles: a flow problem on each, solved to its optimum."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rarefy.errors import OptionError
+from rarefy.kernels import transposable_torch
+
+SOLVERS = ("fast", "exact", "approx")
+LARGEST_M = 32
+_AT_ONCE = 1 << 26  # numbers in the largest tensor that a part of the tiles needs
+
+
+def transposable_nm(scores: Tensor, n: int, m: int, solver: str = "fast") -> Tensor:
+    """Keep n in every row and every column of each m x m tile so that the kept scores add up to the most.
+
+    `scores` is [rows, columns] or [rows, columns, positions] (tiles lie in the first two dimensions, at every position by
+    itself), rows and columns multiples of m <= 32; float32, float64, bfloat16 or float16, contiguous or not, any device.
+    Returns bool of that shape. Minus infinity means: keep only where no other mask of the tile would do.
+
+    Solvers: "exact" is optimal on every tile for its scores held to 50 bits below the tile's largest, "fast" to 24 bits
+    or more, "approx" the 2-approximation of arXiv 2102.08124 (prune the lightest until every row and column is covered),
+    then repaired so that no row is short. The mask depends on the scores alone: not on threads or the instruction set.
+    Raises OptionError for another shape or dtype, an n outside [0, m], and for scores that hold NaN or plus infinity.
+
+    >>> transposable_nm(torch.tensor([[9.0, 8.0], [7.0, 1.0]]), 1, 2).tolist()
+    [[False, True], [True, False]]
+    """
+    if solver not in SOLVERS:
+        raise OptionError(f"solver={solver!r} is not known; it is one of {', '.join(SOLVERS)}")
+    if not 1 <= m <= LARGEST_M or not 0 <= n <= m:
+        raise OptionError(f"{n}:{m} along rows and columns needs 0 <= N <= M and M from 1 to {LARGEST_M}")
+    if scores.dim() not in (2, 3) or scores.shape[0] % m or scores.shape[1] % m:
+        raise OptionError(
+            f"scores must be [rows, columns] or [rows, columns, positions], multiples of {m}; they are "
+            f"{list(scores.shape)}"
+        )
+    if scores.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        raise OptionError(f"transposable_nm takes floating-point scores; these are {scores.dtype}")
+    scores = scores.detach()
+    wrong = scores.isnan() | (scores == torch.inf)
+    if bool(wrong.any()):
+        raise _not_finite(scores, wrong)
+    rows, columns = scores.shape[:2]
+    tiles = scores.reshape(rows // m, m, columns // m, m, -1).permute(0, 2, 4, 1, 3)
+    flat = tiles.reshape(-1, m, m)
+    solve = transposable_torch.prune_cover if solver == "approx" else transposable_torch.optimum
+    mask = torch.cat([solve(part, n) for part in flat.split(max(1, _AT_ONCE // m**3))]) if len(flat) else flat.bool()
+    return mask.view(tiles.shape).permute(0, 3, 1, 4, 2).reshape(scores.shape)
+
+
+def _not_finite(scores: Tensor, wrong: Tensor) -> OptionError:
+    where = int(wrong.reshape(-1).nonzero()[0])
+    what = "NaN" if bool(scores.isnan().any()) else "infinity"
+    return OptionError(
+        f"scores hold {what} (the first at position {where} of {scores.numel()}): the loss or a weight has diverged"
+    )
