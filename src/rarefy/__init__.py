@@ -38,6 +38,7 @@ _ROOMS = (
     "schedules",
     "scores",
     "search",
+    "systems",
     "training",
 )
 _LATE = {"accelerate": "deploy", "load": "deploy", "rearrange": "rearrangement", "save": "deploy"}

@@ -44,6 +44,7 @@ SIZES = [
     ("lenet-300-100", {}, 784 * 300 + 300 + 300 * 100 + 100 + 100 * 10 + 10),  # = 266,610, the pruning papers
     ("lenet-300-100", {"image_size": 8}, 64 * 300 + 300 + 300 * 100 + 100 + 100 * 10 + 10),
     ("lenet-5", {}, 431_080),
+    ("resnet-9", {}, 6_573_130),
     ("resnet-20", {}, 269_722),
     ("resnet-20", {"shortcut": "conv"}, 269_722 + (16 * 32 + 2 * 32) + (32 * 64 + 2 * 64)),
     ("resnet-32", {}, 464_154),
@@ -52,6 +53,7 @@ SIZES = [
     ("wrn-22-2", {}, 1_467_610 - sum(2 * 9 * c**2 + 4 * c for c in (32, 64, 128))),  # one block fewer in each stage
     ("vgg-19-bn", {}, 20_035_018),
     ("resnet-18", {}, 11_689_512),
+    ("resnet-18", {"stem": "small", "num_classes": 10}, 11_173_962),  # the usual CIFAR variant
     ("resnet-50", {}, 25_557_032),
     ("mobilenet-v1", {}, 4_231_976),
     ("mobilenet-v2", {}, 3_504_872),

@@ -71,10 +71,11 @@ from rarefy.cli import (  # noqa: E402  (they register their commands on `app`)
     inspect,
     search,
     show,
+    simulate,
     train,
 )
 
-__all__ = ["app", "bench", "compare", "export", "inspect", "main", "search", "show", "train"]
+__all__ = ["app", "bench", "compare", "export", "inspect", "main", "search", "show", "simulate", "train"]
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from rarefy.metrics.image import luma, psnr
 from rarefy.metrics.memory import PeakMemory
 from rarefy.metrics.out_of_distribution import auroc, ood_auroc
 from rarefy.metrics.overlap import Explored, Overlap, OverlapReport, overlap, overlap_matrix
+from rarefy.metrics.products import Pass, Product, Work, work
 from rarefy.metrics.size import ParameterCount, StorageBytes, csr_bytes, parameters, storage_bytes
 from rarefy.metrics.sparsity import Compliance, compliance, layer_sparsity, sparsity
 from rarefy.metrics.statistics import PairedTest, holm, mean, paired_t_test, sd
@@ -39,9 +40,12 @@ __all__ = [
     "OverlapReport",
     "PairedTest",
     "ParameterCount",
+    "Pass",
     "PeakMemory",
+    "Product",
     "StorageBytes",
     "TrainingFlops",
+    "Work",
     "accuracy",
     "adversarial_accuracy",
     "auroc",
@@ -73,4 +77,5 @@ __all__ = [
     "static_training_flops",
     "storage_bytes",
     "training_flops",
+    "work",
 ]

@@ -114,17 +114,33 @@ def flops(model: nn.Module, example_input: Any, masks: Masks | None = None, *, b
     (24.0, 6.0, LayerFlops(dense=24.0, sparse=6.0))
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
-    args, kwargs = arguments(example_input)
-    samples = _batch_size((args, kwargs)) if batch is None else batch
+    inputs = arguments(example_input)
+    samples = _batch_size(inputs) if batch is None else batch
     if samples < 1:
         raise OptionError(f"batch is {samples}, but at least one sample is needed; give `example_input` with samples")
     fitted = fit(model, masks)
     weights = Weights(model, fitted)
     tally = Tally(model, weights)
+    with torch.no_grad():
+        run(model, inputs, tally, {fitted.labels[name]: m for name, m in fitted.masks.items()})
+    layers = {fitted.labels[name]: LayerFlops(0.0, 0.0) for name in fitted.masks}
+    for name, dense in tally.dense.items():
+        layers[name] = LayerFlops(2 * dense / samples, 2 * tally.sparse[name] / samples)
+    unknown = tuple(NotCounted(weight, op, where) for (weight, op), where in tally.unknown.items())
+    return FlopsReport(layers, dict(weights.sizes), samples, unknown)
+
+
+def run(
+    model: nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]], tally: Tally, masks: dict[str, torch.Tensor]
+) -> None:
+    """Run the model on (arguments, keyword arguments) with every operation told to `tally`; it is left as it was.
+
+    `masks` by label tell of what parametrisations give. Raises ModelError where the model does not run.
+    """
+    args, kwargs = inputs
     with ExitStack() as stack:
         stack.enter_context(left_as_it_was(model))
-        stack.enter_context(_hooks(model, tally, weights, {fitted.labels[name]: m for name, m in fitted.masks.items()}))
-        stack.enter_context(torch.no_grad())
+        stack.enter_context(_hooks(model, tally, tally.weights, masks))
         stack.enter_context(AttentionMode(tally))
         stack.enter_context(OpMode(tally))
         try:
@@ -134,11 +150,6 @@ def flops(model: nn.Module, example_input: Any, masks: Masks | None = None, *, b
             raise ModelError(
                 f"{type(model).__name__} does not run on the example input (shapes {shapes}): {error}"
             ) from error
-    layers = {fitted.labels[name]: LayerFlops(0.0, 0.0) for name in fitted.masks}
-    for name, dense in tally.dense.items():
-        layers[name] = LayerFlops(2 * dense / samples, 2 * tally.sparse[name] / samples)
-    unknown = tuple(NotCounted(weight, op, where) for (weight, op), where in tally.unknown.items())
-    return FlopsReport(layers, dict(weights.sizes), samples, unknown)
 
 
 def _batch_size(inputs: Any) -> int:

@@ -15,6 +15,7 @@ from rarefy.models.efficientnet import EfficientNetB0
 from rarefy.models.lenet import LeNet5, LeNet300
 from rarefy.models.mobilenet import MobileNetV1, MobileNetV2
 from rarefy.models.resnet import cifar_resnet, imagenet_resnet
+from rarefy.models.resnet9 import ResNet9
 from rarefy.models.squeezenet import SqueezeNet
 from rarefy.models.transformer import GPT, ViT
 from rarefy.models.vgg import VGG19
@@ -23,6 +24,7 @@ from rarefy.models.wide_resnet import WideResNet
 _MODELS: dict[str, Callable[..., nn.Module]] = {
     "lenet-300-100": LeNet300,
     "lenet-5": LeNet5,
+    "resnet-9": ResNet9,
     "resnet-20": partial(cifar_resnet, 20),
     "resnet-32": partial(cifar_resnet, 32),
     "resnet-56": partial(cifar_resnet, 56),
@@ -39,12 +41,27 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
     "vit": ViT,
 }
 # Nets that take images of any size down to this one; the others have an option `image_size`, or take no images.
-_SMALLEST_IMAGE = {"vgg-19-bn": 16}
+_SMALLEST_IMAGE = {"resnet-9": 8, "vgg-19-bn": 16}
 
 
 def available() -> tuple[str, ...]:
     """Return the names that `build` knows."""
     return tuple(_MODELS)
+
+
+def find(name: str) -> str:
+    """Return the name that `build` knows for one that is written without its dashes, or in capitals.
+
+    Raises ModelError for an unknown name.
+
+    >>> from rarefy import models
+    >>> models.find("ResNet18")
+    'resnet-18'
+    """
+    plain = {known.replace("-", ""): known for known in _MODELS}
+    found = name if name in _MODELS else plain.get(name.lower().replace("-", "").replace("_", ""), name)
+    options(found)
+    return found
 
 
 def options(name: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from rarefy.errors import ModelError, nearest
 from rarefy.models._parts import conv, he_init, scaled
 
 SHORTCUTS = ("pad", "conv")
+STEMS = ("large", "small")
 
 
 class PadShortcut(nn.Module):
@@ -139,8 +140,16 @@ def cifar_resnet(
     )
 
 
-def imagenet_resnet(depth: int, *, width: float = 1.0, num_classes: int = 1000, in_channels: int = 3) -> ResNet:
-    """Return the ImageNet ResNet-18 (11,689,512 parameters) or ResNet-50 (25,557,032), loadable from torchvision's."""
+def imagenet_resnet(
+    depth: int, *, width: float = 1.0, num_classes: int = 1000, in_channels: int = 3, stem: str = "large"
+) -> ResNet:
+    """Return the ImageNet ResNet-18 (11,689,512 parameters) or ResNet-50 (25,557,032), loadable from torchvision's.
+
+    `stem`: "large" is a 7x7 convolution and pooling, "small" the single 3x3 convolution that CIFAR and Tiny ImageNet
+    papers put in its place. Raises ModelError for another stem or depth.
+    """
+    if stem not in STEMS:
+        raise ModelError(f"stem is {stem!r}; expected one of {', '.join(STEMS)}{nearest(str(stem), STEMS)}")
     plans: dict[int, tuple[type[BasicBlock | Bottleneck], tuple[int, ...]]] = {
         18: (BasicBlock, (2, 2, 2, 2)),
         50: (Bottleneck, (3, 4, 6, 3)),
@@ -155,5 +164,5 @@ def imagenet_resnet(depth: int, *, width: float = 1.0, num_classes: int = 1000, 
         num_classes=num_classes,
         in_channels=in_channels,
         shortcut="conv",
-        large_stem=True,
+        large_stem=stem == "large",
     )

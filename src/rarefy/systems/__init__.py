@@ -1,0 +1,3 @@
+"""Whole systems built on the library, one folder each."""
+
+from __future__ import annotations
