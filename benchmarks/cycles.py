@@ -3,20 +3,20 @@
     python benchmarks/cycles.py tickets                      # digits, under two minutes on one thread
     python benchmarks/cycles.py random                       # digits, about a minute
     python benchmarks/cycles.py soups                        # digits with noisy labels, about a minute
-    RAREFY_DATA=... python benchmarks/cycles.py resnet       # the published CIFAR-10 ResNet-20, short schedule
-    RAREFY_DATA=... python benchmarks/cycles.py resnet --steps 3910 --train 50000 --phases 3 --members 3   # longer
+    python benchmarks/cycles.py backends --seeds 2           # the same search here, in processes and through Ray
 
 Every command prints a Markdown table, and writes all numbers with --json. Nothing is chosen on the test sets: settings are
-the ones below for all arms. `--backend ray` or `processes` runs members side by side; the numbers stay the same.
+the ones below for all arms. `--backend ray` or `processes` runs members side by side; the numbers stay the same, which
+"backends" shows for a whole random search and a whole soup. Soups of a published network: from_published.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import functools
+import hashlib
 import json
 import time
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rarefy import data, models
 from rarefy.engine import Sparsifier
-from rarefy.engine.batch_norm import recalibrate
 from rarefy.methods.lottery import LotteryTicket
 from rarefy.metrics.statistics import mean, paired_t_test, sd
 from rarefy.search import (
@@ -42,10 +40,10 @@ from rarefy.search import (
     shuffled,
     sparse_model_soups,
 )
+from rarefy.search.members import has_ray
 from rarefy.search.recipe import Recipe
 from rarefy.search.soups import average
 from rarefy.training.config import RunConfig
-from rarefy.training.inputs import Inputs
 from rarefy.training.seeds import derive
 
 DIGITS: dict[str, Any] = {"data": "digits", "model": "lenet-300-100", "batch_size": 64, "device": "cpu"}
@@ -246,96 +244,83 @@ def soups(options: argparse.Namespace) -> Any:
     return {**results, "cycles": runs}
 
 
-# --- the published ResNet-20 ----------------------------------------------------------------------------------------
+# --- where members run ----------------------------------------------------------------------------------------------
 
 
-IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # what the published weights were trained with
+def digest(value: Any) -> str:
+    """Return a hash of everything that was computed, to the last bit."""
+    kept = hashlib.sha256()
+
+    def add(part: Any) -> None:
+        if isinstance(part, torch.Tensor):
+            kept.update(f"{part.dtype} {list(part.shape)}".encode())
+            kept.update(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        elif isinstance(part, Mapping):
+            for name in sorted(part):
+                kept.update(name.encode())
+                add(part[name])
+        elif isinstance(part, list):
+            for entry in part:
+                add(entry)
+        else:
+            kept.update(repr(part).encode())
+
+    add(value)
+    return kept.hexdigest()[:16]
 
 
-class Published(Recipe):
-    """A recipe whose inputs are normalised as the published weights expect."""
-
-    def inputs(self) -> Inputs:
-        return published_inputs(self.config.model_dump_json())
-
-
-@functools.lru_cache(maxsize=1)
-def published_inputs(config: str) -> Inputs:
-    inputs = Inputs(RunConfig.model_validate_json(config))
-    inputs.bundle = dataclasses.replace(inputs.bundle, **IMAGENET)
-    inputs.test = data.eval_batches(inputs.bundle, 500)
-    return inputs
+def whole_arm(job: Recipe, net: nn.Module, sparse: Sparsifier | None, seed: int) -> dict[str, Any]:
+    """`Recipe.train`, with the weights it ends at."""
+    result = job.train(net, sparse, seed)
+    return {**result, "weights": {n: v.clone() for n, v in net.state_dict().items()}}
 
 
-def resnet(options: argparse.Namespace) -> Any:
-    config = RunConfig.model_validate(
-        {"data": "cifar10", "model": "resnet-20", "steps": options.steps, "batch_size": options.batch, "augment": True,
-         "limit_train": options.train, "limit_test": options.test, "device": "cpu", "seed": 0,
-         "optimizer": {"name": "sgd", "lr": options.lr, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-4},
-         "lr_schedule": "constant"}
-    )  # fmt: skip
-    job = Published(config, retrain_steps=options.steps)
-    calibration, results = job.calibration()[:10], {}
-    dense = job.score(models.load_published("resnet-20-cifar10"))
-    rows: list[tuple[str, ...]] = [("sparsity", "method", "steps in all", "accuracy %", "minus one-shot", "seconds")]
-    rows.append(("–", "published dense", "0", f"{100 * dense:.2f}", "–", "–"))
-    for sparsity in options.sparsity:
-        whole = options.phases * options.steps
-        plans = [
-            ("one-shot magnitude", 1, [{"steps": whole}], whole),
-            (f"IMP, {options.phases} phases", options.phases, [{"steps": options.steps}], whole),
-            (f"soups of {options.members}, {options.phases} phases", options.phases,
-             [{"steps": options.steps}] * options.members, whole * options.members),
-        ]  # fmt: skip
-        for name, phases, members, steps in plans:
-            began = time.perf_counter()
-            place = options.folder and Path(options.folder) / f"{sparsity:g}-{phases}-{len(members)}"
-            net = models.load_published("resnet-20-cifar10")
-            seen = sparse_model_soups(
-                net, job.retrain, sparsity=sparsity, phases=phases, members=members, calibration=calibration,
-                workers=options.workers, folder=place,
-            )  # fmt: skip
-            score = job.score(recalibrate(net, calibration))
-            results[f"{sparsity:g} {name}"] = {"score": score, "steps": steps, "spread": seen[-1].spread}
-            first = results[f"{sparsity:g} one-shot magnitude"]["score"]
-            took = time.perf_counter() - began
-            rows.append(
-                (
-                    f"{100 * sparsity:g} %",
-                    name,
-                    str(steps),
-                    f"{100 * score:.2f}",
-                    f"{100 * (score - first):+.2f}",
-                    f"{took:.0f}",
-                )
-            )
-            print(rows[-1], flush=True)
+def backends(options: argparse.Namespace) -> Any:
+    """One random search and one soup through every backend that is installed: the same bits?"""
+    rows: list[tuple[str, ...]] = [
+        ("members run in", "random search", "found / random / dense", "soup", "accuracy", "seconds")
+    ]
+    results: dict[str, Any] = {}
+    for backend in ("here", "processes", *(["ray"] if has_ray() else [])):
+        began = time.perf_counter()
+        workers, job = Workers(backend, options.count), recipe(5)
+        search = RandomSearch(Nodes(0.25), InitialLoss([job.search_set(10**6)]), budget=50)
+        seeds = list(range(options.seeds))
+        arms = compare_arms(search, job.build, partial(whole_arm, job), seeds=seeds, workers=workers)
+        net = job.build(derive(0, "init"))
+        job.fit(net, None, derive(0, "data"), job.rates())
+        phases = sparse_model_soups(net, job.retrain, sparsity=0.95, phases=2, members=3, workers=workers)
+        bits = digest(arms.runs), digest([dict(net.state_dict()), *(vars(p) for p in phases)])
+        scores = " / ".join(shown(list(arms.scores(arm).values())) for arm in ("found", "random", "dense"))
+        seconds = f"{time.perf_counter() - began:.0f}"
+        rows.append((backend, bits[0], scores, bits[1], f"{100 * job.score(net):.1f}", seconds))
+        results[backend] = bits
     table(*rows)
-    return {"dense": dense, **results}
+    same = len(set(results.values())) == 1
+    print(f"\n{'The same bits' if same else 'NOT THE SAME'} in {len(results)} places.")
+    if not same:
+        raise SystemExit(1)
+    return results
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], Any]] = {
+    "tickets": tickets, "random": random, "soups": soups, "backends": backends,
+}  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["tickets", "random", "soups", "resnet"])
+    parser.add_argument("what", choices=list(COMMANDS))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--backend", default="here")
     parser.add_argument("--count", type=int, default=None, help="members at a time")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.25, 0.1, 0.05], help="random: kept fractions")
-    parser.add_argument("--folder", help="resnet: keep finished members here, and go on from them")
-    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.8, 0.9])
-    parser.add_argument("--phases", type=int, default=2)
-    parser.add_argument("--members", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=40, help="resnet: of one retraining")
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=0.02)
-    parser.add_argument("--train", type=int, default=20000)
-    parser.add_argument("--test", type=int, default=2000)
     options = parser.parse_args()
     options.workers = Workers(options.backend, options.count)
     torch.set_num_threads(1)
     began = time.perf_counter()
-    result = {"tickets": tickets, "random": random, "soups": soups, "resnet": resnet}[options.what](options)
+    result = COMMANDS[options.what](options)
     print(f"\n{time.perf_counter() - began:.0f} s")
     if options.json:
         options.json.write_text(json.dumps(result, default=lambda value: None))

@@ -1,8 +1,8 @@
 """Sparse-IFT beside the dense network at equal FLOPs: every transformation, at every sparsity.
 
     RAREFY_DATA=... python benchmarks/sparse_ift.py networks [--data cifar10] [--model resnet-20] [--width 0.5]
-        [--epochs 100] [--sparsities 0.5 0.75 0.9] [--kinds wide parallel factorized doped] [--masks rigl] [--every 100]
-        [--seeds 3] [--augment] [--out runs/sparse-ift] [--threads 1]
+        [--epochs 100] [--batch 100] [--limit-train N] [--sparsities 0.5 0.75 0.9] [--kinds wide parallel factorized doped]
+        [--masks rigl] [--every 100] [--seeds 3] [--augment] [--out runs/sparse-ift] [--threads 1]
     RAREFY_DATA=... python benchmarks/sparse_ift.py perceptron [--hidden 8] [--epochs 10] [--seeds 4]
 
 "networks" trains a narrow network through the training room, with the hyperparameters of the dense one for all. "perceptron"
@@ -54,6 +54,7 @@ def networks(args: argparse.Namespace) -> None:
                 "model_options": {"shortcut": "conv"} if args.model.startswith("resnet-") else {},
                 "epochs": args.epochs,
                 "augment": args.augment,
+                "batch_size": args.batch,
                 "limit_train": args.limit_train,
                 "eval_every": 0,
                 "device": args.device,
@@ -182,6 +183,7 @@ def main() -> None:
         command.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
         command.add_argument("--masks", default="rigl")
         command.add_argument("--every", type=int, default=100)
+        command.add_argument("--batch", type=int, default=100)
         command.add_argument("--lr", type=float, default=0.1)
         command.add_argument("--augment", action="store_true")
         command.add_argument("--limit-train", type=int)

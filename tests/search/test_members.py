@@ -15,20 +15,10 @@ import torch
 
 from rarefy.errors import OptionError, StateError
 from rarefy.search import MemberError, Workers, run_members
-from rarefy.search.members import has_ray
-from tests.search.trainings import count_in, dies, draws, fails_beside
+from tests.search.conftest import NEEDS_RAY
+from tests.search.trainings import count_in, dies, draws, equal, fails_beside
 
 SEEDS = [5, 6, 2**63 - 1]
-
-
-def equal(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return bool(a == b)
 
 
 @pytest.fixture
@@ -82,7 +72,7 @@ def test_every_backend_gives_the_same_bits(fake_ray: Any) -> None:
     assert fake_ray.state["asked"] == {"num_cpus": 1, "num_gpus": 0.0, "max_retries": 0} and fake_ray.state["most"] == 2
 
 
-@pytest.mark.skipif(not has_ray(), reason="Ray is not installed: pip install 'rarefy[ray]'")
+@NEEDS_RAY
 def test_ray_itself_gives_the_same_bits() -> None:
     import ray
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 from typing import Any
 
@@ -82,3 +83,16 @@ def test_calibration_is_a_fifth_of_the_training_batches_in_order() -> None:
     assert 0 <= job.validate(job.build(0)) <= 1
     with pytest.raises(ConfigError, match="nothing is held out"):
         recipe().validate(job.build(0))
+
+
+def test_batch_norms_are_measured_on_what_the_training_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    job, plain = recipe(augment=True), recipe(augment=False)
+    for each in (job, plain):
+        bundle = dataclasses.replace(each.inputs().bundle, augment="crop-flip")
+        monkeypatch.setattr(each.inputs(), "bundle", bundle)
+    (found,), (again,), (bare,) = job.calibration(), job.calibration(), plain.calibration()
+    assert torch.equal(found, again) and torch.equal(bare, plain.search_set(60)[0])
+    moved = (found != bare).flatten(1).any(dim=1)
+    assert found.shape == bare.shape and moved.sum() > 50  # nearly all are flipped or shifted, in the same order
+    black = bare.min()
+    assert all(set(a.unique().tolist()) <= {*b.unique().tolist(), float(black)} for a, b in zip(found, bare, strict=True))

@@ -21,7 +21,7 @@ from rarefy.engine.batch_norm import recalibrate
 from rarefy.errors import OptionError, StateError
 from rarefy.search import Phase, Workers, branch, sparse_model_soups
 from rarefy.search.soups import average, barrier, between, check_same_masks, greedy, spread
-from tests.search.trainings import data, net, retrain, retrain_until_killed, same, score
+from tests.search.trainings import data, equal, net, retrain, retrain_until_killed, same, score
 
 ROOT = Path(__file__).parents[2]
 CALIBRATION = [data(1000 + i)[0] for i in range(4)]
@@ -166,12 +166,13 @@ def test_greedy_phases_are_no_worse_than_their_best_member() -> None:
         assert phase.soup_score >= max(phase.scores)
 
 
-def test_pool_and_this_process_give_the_same_bits() -> None:
+def test_a_whole_search_gives_the_same_bits_elsewhere(elsewhere: Workers) -> None:
     here, here_phases = cycle()
-    pool, pool_phases = cycle(workers=Workers("processes", 2))
-    assert all(torch.equal(v, pool.state_dict()[n]) for n, v in here.state_dict().items())
-    assert comparable(here_phases) == comparable(pool_phases)
-    processes = {r["process"] for p in pool_phases for r in p.results}
+    there, phases = cycle(workers=elsewhere)
+    assert equal(dict(here.state_dict()), dict(there.state_dict()))
+    assert comparable(here_phases) == comparable(phases)
+    assert equal([p.masks for p in here_phases], [p.masks for p in phases])
+    processes = {r["process"] for p in phases for r in p.results}
     assert os.getpid() not in processes
 
 

@@ -25,6 +25,7 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
     "lenet-300-100": LeNet300,
     "lenet-5": LeNet5,
     "resnet-9": ResNet9,
+    "resnet-8": partial(cifar_resnet, 8),
     "resnet-20": partial(cifar_resnet, 20),
     "resnet-32": partial(cifar_resnet, 32),
     "resnet-56": partial(cifar_resnet, 56),
