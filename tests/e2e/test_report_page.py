@@ -105,7 +105,8 @@ def test_the_table_shows_the_numbers_that_python_computes(opened: Page, folder: 
     for row in rows:
         level = "dense" if row.sparsity_asked is None else f"{row.sparsity_asked:g}"
         line = opened.locator(f'#table tr[data-label="{row.label}"][data-sparsity="{level}"]')
-        for key in ("accuracy", "flops_ratio", "training_flops_ratio", "parameters", "bytes", "seconds", "peak_memory"):
+        costs = ("flops_ratio", "training_flops_ratio", "parameters", "bytes", "seconds", "cpu_seconds", "peak_memory")
+        for key in ("accuracy", *costs):
             cell = line.locator(f'td[data-key="{key}"]')
             assert float(cell.get_attribute("data-value") or "nan") == pytest.approx(getattr(row, key), rel=1e-8)
         assert points(row.accuracy) in line.locator('td[data-key="accuracy"]').inner_text()

@@ -99,6 +99,7 @@ def run(folder: Path, method: str, sparsity: float | None, seed: int, /, **chang
         "parameters_dense": TOTAL + BIASES,
         "storage_bytes": _storage(parameters, masked),
         "seconds": 9.0 + 2.5 * masked + float(rng.random()),
+        "cpu_seconds": 18.0 + 5.0 * masked + float(rng.random()),
         "peak_memory_bytes": int(4.1e8 + 4e6 * rng.random()),
         "explored": min(1.0, density * (4.2 if method in DYNAMIC else 1.0)) if masked else None,
         "layers": [

@@ -30,7 +30,9 @@ def results(folder: Path) -> dict[str, Any]:
     found = {}
     for path in sorted(folder.glob("*/result.json")):
         result = json.loads(path.read_text())
-        found[path.parent.name] = {k: v for k, v in result.items() if k not in ("seconds", "peak_memory_bytes")}
+        found[path.parent.name] = {
+            k: v for k, v in result.items() if k not in ("seconds", "cpu_seconds", "peak_memory_bytes")
+        }
     return found
 
 

@@ -155,6 +155,33 @@ def test_what_came_after_the_checkpoint_is_written_again(tmp_path: Path) -> None
     assert lines(tmp_path) == before
 
 
+def test_both_clocks_go_on_over_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        stop_at(patch, 6)
+        with pytest.raises(Interrupted):
+            train(small(), tmp_path)
+    state = checkpoint(tmp_path)
+    kept = state["callbacks"]["Watch"]
+    assert kept["seconds"] > 0 and kept["cpu_seconds"] > 0
+    kept.update(seconds=1000.0, cpu_seconds=2000.0)
+    torch.save(state, tmp_path / "checkpoint.ckpt")
+    result = train(small(), tmp_path, resume=True)
+    assert 1000 < result["seconds"] < 1900 and result["cpu_seconds"] > 2000
+    kept = checkpoint(tmp_path)["callbacks"]["Watch"]
+    assert 1000 < kept["seconds"] <= result["seconds"] and 2000 < kept["cpu_seconds"] <= result["cpu_seconds"]
+
+
+def test_a_checkpoint_of_a_version_without_processor_time_goes_on(tmp_path: Path) -> None:
+    train(small(), tmp_path)
+    state = checkpoint(tmp_path)
+    del state["callbacks"]["Watch"]["cpu_seconds"]
+    torch.save(state, tmp_path / "checkpoint.ckpt")
+    (tmp_path / "result.json").unlink()
+    result = train(small(), tmp_path, resume=True)
+    assert result["seconds"] > 0 and result["cpu_seconds"] is None
+    assert collect(tmp_path).runs[0].finished
+
+
 def test_a_run_without_a_checkpoint_starts_again(tmp_path: Path) -> None:
     train(small(), tmp_path / "a")
     RunFolder(tmp_path / "b").write_config(small())

@@ -12,7 +12,7 @@ import typer
 
 from rarefy.cli import app
 
-WIDE = 160  # columns: room for the whole leaderboard
+WIDE = 176  # columns: room for the whole leaderboard
 
 
 @app.command()

@@ -26,6 +26,7 @@ _COLUMNS: tuple[tuple[str, Callable[[Row], str], int], ...] = (
     ("parameters", lambda row: si(row.parameters), 1),
     ("size", lambda row: si(row.bytes, "B"), 7),
     ("time", lambda row: duration(row.seconds), 1),
+    ("CPU time", lambda row: duration(row.cpu_seconds), 3),
     ("peak memory", lambda row: si(row.peak_memory, "B"), 1),
 )
 

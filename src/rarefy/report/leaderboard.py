@@ -42,8 +42,8 @@ class Difference:
 class Row:
     """One line of the leaderboard; None where no finished run recorded the number.
 
-    Accuracy, sparsity and ratios are shares (0..1), `bytes` and `peak_memory` are bytes, `seconds` seconds. Ratios are
-    relative to the un-narrowed dense net. All are means over the finished seeds.
+    Accuracy, sparsity and ratios are shares (0..1), `bytes` and `peak_memory` are bytes, `seconds` are those of the clock,
+    `cpu_seconds` those of all cores. Ratios are relative to the un-narrowed dense net. All are means over the finished seeds.
     """
 
     label: str
@@ -68,6 +68,7 @@ class Row:
     storage: str | None = None
     storage_bytes: dict[str, float] = field(default_factory=dict)
     seconds: float | None = None
+    cpu_seconds: float | None = None
     peak_memory: float | None = None
     explored: float | None = None
     epochs: float | None = None
@@ -152,6 +153,7 @@ def _row(key: tuple[str, float | None], runs: Sequence[Run], against: dict[str, 
         storage="dense" if nothing_sparse and smallest else smallest,
         storage_bytes=stored,
         seconds=_mean(results, lambda result: result.seconds),
+        cpu_seconds=_mean(results, lambda result: result.cpu_seconds),
         peak_memory=_mean(results, lambda result: result.peak_memory_bytes),
         explored=_mean(results, lambda result: result.explored),
         epochs=_mean(results, lambda result: result.epochs),

@@ -69,6 +69,7 @@ class Result(BaseModel):
     parameters_dense: Whole | None = None
     storage_bytes: dict[str, int | None] = Field(default_factory=dict)
     seconds: Amount | None = None
+    cpu_seconds: Amount | None = None
     peak_memory_bytes: Amount | None = None
     explored: float | None = None
     layers: tuple[Layer, ...] = ()

@@ -8,6 +8,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from rarefy.training.inputs import Inputs
 from rarefy.training.robustness import Robustness
 from rarefy.training.seeds import derive
 from rarefy.training.signals import Interrupted, Stop
+from rarefy.training.stopwatch import Time
 from rarefy.training.task import NoProfiler, Report, SparsityCallback, Task, Watch, pl
 
 PRECISIONS: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
@@ -118,9 +120,9 @@ class _Run:
         metrics = Metrics(home.metrics_file, 0 if state is None else state["callbacks"]["Watch"]["metrics_bytes"])
         try:
             if state is not None and state["global_step"] >= self.steps:
-                sparse, seconds = self._restore(state), float(state["callbacks"]["Watch"]["seconds"])
+                sparse, took = self._restore(state), Time.of(state["callbacks"]["Watch"])
             else:
-                sparse, seconds = self._fit(metrics, checkpoint)
+                sparse, took = self._fit(metrics, checkpoint)
             final = evaluate(self.net.to(self.device), self.inputs.test, device=self.device, autocast=self._autocast())
             metrics.write({"kind": "eval", "step": self.steps, "epoch": self.epochs, "split": "test", **final})
         finally:
@@ -141,12 +143,12 @@ class _Run:
             "epochs": self.epochs,
             "steps": self.steps,
             **counted,
-            "seconds": seconds,
+            **asdict(took),
             "peak_memory_bytes": 0,
             "masks": home.masks_file.name,
         }
 
-    def _fit(self, metrics: Metrics, checkpoint: Path | None) -> tuple[Sparsifier, float]:
+    def _fit(self, metrics: Metrics, checkpoint: Path | None) -> tuple[Sparsifier, Time]:
         config = self.config
         sparsity = SparsityCallback(
             self.method,
@@ -192,7 +194,7 @@ class _Run:
         trainer.fit(task, self.inputs.train, ckpt_path=checkpoint, weights_only=True)
         if sparsity.sparse is None:
             raise StateError("training ended before it began")
-        return sparsity.sparse, watch.seconds_at_end
+        return sparsity.sparse, watch.time_at_end
 
     def _evaluate(self) -> dict[str, Any]:
         split, batches = ("val", self.inputs.val) if self.inputs.val is not None else ("test", self.inputs.test)

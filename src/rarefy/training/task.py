@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ from rarefy.training.callback import SparsityCallback
 from rarefy.training.config import RunConfig
 from rarefy.training.folder import Metrics
 from rarefy.training.signals import Interrupted, Stop
+from rarefy.training.stopwatch import Time
 
 try:
     import lightning.pytorch as pl
@@ -108,7 +110,7 @@ class Watch(pl.Callback):
     """Logs losses and topology, evaluates at ends of epochs, writes checkpoints, and stops when asked to.
 
     Everything that a resume needs beside weights, optimizer and sparsifier is in its state: random generators, the
-    length of metrics.jsonl, the running loss and the seconds so far.
+    length of metrics.jsonl, the running loss and the time so far.
     """
 
     def __init__(
@@ -134,20 +136,22 @@ class Watch(pl.Callback):
         self.stop = stop
         self.report = report
         self.latest: dict[str, float] = {}
-        self.seconds_before = self.seconds_at_end = 0.0
+        self.time_before = self.time_at_end = Time(0.0, 0.0)
         self._every = max(1, total_steps // LOGGED_POINTS)
         self._step = 0
         self._batches = 0  # in the running loss
         self._events = 0  # written
         self._evaluated = -1
         self._restored: dict[str, Any] | None = None
-        self._began = self._saved_at = self._reported_at = time.perf_counter()
+        self._began = Time.now()
+        self._saved_at = self._reported_at = self._began.seconds
 
     # --- the hooks, in their order ----------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Continue the random streams where the checkpoint left them."""
-        self._began = self._saved_at = time.perf_counter()
+        self._began = Time.now()
+        self._saved_at = self._began.seconds
         self._step = trainer.global_step
         state = self._restored
         if state is not None:
@@ -204,15 +208,15 @@ class Watch(pl.Callback):
         """Write the last checkpoint, and from here on be stopped at once."""
         self.save(trainer)
         self.stop.gentle = False
-        self.seconds_at_end = self.seconds()
+        self.time_at_end = self.time()
         if self.report is not None:
             self._tell()
 
     # --- what they do -----------------------------------------------------------------------------------------------
 
-    def seconds(self) -> float:
-        """Return the seconds of training so far, over all resumes."""
-        return self.seconds_before + time.perf_counter() - self._began
+    def time(self) -> Time:
+        """Return the time that training took so far, over all resumes."""
+        return self.time_before + (Time.now() - self._began)
 
     def save(self, trainer: pl.Trainer) -> None:
         """Write the checkpoint, whole or not at all."""
@@ -234,7 +238,14 @@ class Watch(pl.Callback):
         assert isinstance(module, Task)
         lr = self.config.optimizer.lr * module.lr_factor(self._step - 1)
         epoch = trainer.current_epoch + 1
-        line = {"kind": "train", "step": self._step, "epoch": epoch, "loss": loss, "lr": lr, "seconds": self.seconds()}
+        line = {
+            "kind": "train",
+            "step": self._step,
+            "epoch": epoch,
+            "loss": loss,
+            "lr": lr,
+            "seconds": self.time().seconds,
+        }
         if (sparse := self.sparsity.sparse) is not None and sparse.has_penalty:
             line["penalty"] = sparse.penalty()
         self.metrics.write(line)
@@ -268,7 +279,7 @@ class Watch(pl.Callback):
             "metrics_bytes": self.metrics.length(),
             "batches": self._batches,
             "evaluated": self._evaluated,
-            "seconds": self.seconds(),
+            **asdict(self.time()),
         }
 
     def on_save_checkpoint(
@@ -280,7 +291,7 @@ class Watch(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the state; it is applied when training starts."""
         self._restored = state_dict
-        self.seconds_before = state_dict["seconds"]
+        self.time_before = Time.of(state_dict)
 
 
 def _running(module: pl.LightningModule) -> Tensor:

@@ -26,6 +26,7 @@ const COLUMNS = [
   { key: "parameters", text: "Parameters", better: down, value: (r) => r.parameters, cell: (r) => si(r.parameters), after: (r) => el("small", {}, percent(r.parameters_ratio, 2)), tip: "kept, of all parameters" },
   { key: "bytes", text: "Size", better: down, value: (r) => r.bytes, cell: (r) => si(r.bytes, "B"), after: (r) => el("small", {}, r.storage === "csr" ? "CSR" : r.storage || ""), tip: "of the smallest of the storage formats dense, bit mask and CSR" },
   { key: "seconds", text: "Time", better: down, value: (r) => r.seconds, cell: (r) => duration(r.seconds), tip: "measured, of a whole run" },
+  { key: "cpu_seconds", text: "CPU time", better: down, value: (r) => r.cpu_seconds, cell: (r) => duration(r.cpu_seconds), tip: "measured, of a whole run: seconds of all cores together, which other work on the machine does not lengthen" },
   { key: "peak_memory", text: "Peak memory", better: down, value: (r) => r.peak_memory, cell: (r) => si(r.peak_memory, "B"), tip: "measured, of the process" },
 ];
 const EVALUATED = [...new Set(DATA.rows.flatMap((row) => Object.keys(row.evaluations)))]; // what `evaluate` asked for, shares

@@ -6,7 +6,7 @@ const FACTS = [
   ["FLOPs, one sample", (f) => (f.flops === null ? null : `${si(f.flops)} of ${si(f.flops_dense)}`)], ["FLOPs, training", (f) => (f.training_flops === null ? null : `${si(f.training_flops)} of ${si(f.training_flops_dense)}`)],
   ["Stored dense", (f) => (f.storage_bytes.dense ? si(f.storage_bytes.dense, "B") : null)], ["Stored as bit mask", (f) => (f.storage_bytes.bitmask ? si(f.storage_bytes.bitmask, "B") : null)], ["Stored as CSR", (f) => (f.storage_bytes.csr ? si(f.storage_bytes.csr, "B") : null)],
   ["Length", (f) => [f.epochs === null ? null : `${f.epochs} epochs`, f.steps === null ? null : `${whole(f.steps)} steps`].filter(Boolean).join(", ") || null],
-  ["Time", (f) => (f.seconds === null ? null : duration(f.seconds))], ["Peak memory", (f) => (f.peak_memory_bytes === null ? null : si(f.peak_memory_bytes, "B"))],
+  ["Time", (f) => (f.seconds === null ? null : duration(f.seconds))], ["CPU time", (f) => (f.cpu_seconds === null ? null : duration(f.cpu_seconds))], ["Peak memory", (f) => (f.peak_memory_bytes === null ? null : si(f.peak_memory_bytes, "B"))],
   ["Data", (f) => [f.dataset, f.dataset_note].filter(Boolean).join(": ") || null], ["Network", (f) => f.model],
 ];
 const list = (pairs) => el("dl", {}, pairs.filter(([, value]) => value !== null && value !== undefined).map(([name, value]) => [el("dt", {}, name), el("dd", {}, value)]));

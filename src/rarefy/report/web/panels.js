@@ -89,6 +89,7 @@ function drawCost() {
     ["Parameters kept", (r) => r.parameters, (v) => si(v), (r) => [["parameters", whole(r.parameters)], ["of dense", percent(r.parameters_ratio, 2)]]],
     ["Size, smallest format", (r) => r.bytes, (v) => si(v, "B"), (r) => ["dense", "bitmask", "csr"].filter((kind) => r.storage_bytes[kind] !== undefined).map((kind) => [kind === "csr" ? "CSR" : kind === "bitmask" ? "bit mask" : kind, si(r.storage_bytes[kind], "B")])],
     ["Time of a run, measured", (r) => r.seconds, duration, (r) => [["seconds", tidy(r.seconds)]]],
+    ["CPU time of a run, measured", (r) => r.cpu_seconds, duration, (r) => [["seconds of all cores", tidy(r.cpu_seconds)]]],
     ["Peak memory, measured", (r) => r.peak_memory, (v) => si(v, "B"), (r) => [["bytes", whole(r.peak_memory)]]],
   ].map(([title, value, text, more]) => ({ title, value, text, more, host: el("div", { "data-chart": title }) }));
   node.append(el("div", { class: "small" }, charts.map((chart) => el("div", {}, el("h3", {}, chart.title), chart.host))));
