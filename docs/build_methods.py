@@ -9,6 +9,7 @@ from pathlib import Path
 from rarefy import methods
 from rarefy.engine import FAMILIES
 from rarefy.errors import RarefyError
+from rarefy.patterns import parse_pattern
 
 FOLDER = Path(__file__).parent / "methods"
 
@@ -49,6 +50,9 @@ def pages() -> dict[str, str]:
         text = inspect.cleandoc(cls.__doc__ or "")
         first, _, rest = text.partition("\n")
         level = "sparsity=0.9, " if hasattr(cls, "sparsity") else ""
+        pattern = getattr(cls, "pattern", None)
+        if isinstance(pattern, str) and parse_pattern(pattern).fixed_sparsity is not None:
+            level = f'pattern="{pattern}", '
         call = f'rarefy.sparsify(model, "{name}", {level}optimizer=optimizer)'
         if cls.needs_calibration is True:  # with any options
             call = call.replace(")", ", calibration=[batch])")

@@ -42,12 +42,14 @@ def test_events_masks_and_sets_agree(method: str) -> None:
         assert (turn.dropped, turn.grown) == (len(lost), len(won)) if turn else not lost | won
         if turn:
             assert (turn.before, turn.kept) == (len(kept[step - 1]), len(kept[step]))
-            assert turn.churn == len(lost) / len(kept[step - 1])
+            assert turn.churn == len(lost) / len(kept[step - 1]) and turn.flips == len(lost | won)
     ever: set[int] = set()
     for move, now, before in zip(history.moves(), kept[1:], kept, strict=False):
         ever |= before
         grown = now - before
         assert move.flip_rate == len(now ^ before) / sparse.numel
+        assert move.sad_previous == len(now ^ before) and move.sad_first == len(now ^ kept[0])
+        assert move.sad_last == len(now ^ kept[-1])
         assert move.jaccard_previous == len(now & before) / len(now | before)
         assert move.jaccard_first == len(now & kept[0]) / len(now | kept[0])
         assert move.survivors == len(now & kept[0]) / len(kept[0])

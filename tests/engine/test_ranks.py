@@ -21,6 +21,7 @@ TRAINED: dict[str, dict[str, object]] = {  # masks that follow from trained tens
     "movement": {"sparsity": 0.7, "start": 0, "stop": 4},
     "trainable-threshold": {"alpha": 0.1},
     "lottery-jackpots": {"sparsity": 0.7},
+    "sr-ste": {"pattern": "1:4", "refine": 0.01},
 }
 OPTIONS: dict[str, dict[str, object]] = {"deep-r": {"l1": 0.05}, "gse": {"scope": "layer"}}
 CASES = ("branches", "magnitude", *LOOKING, "compressed branches", "compressed magnitude")

@@ -15,9 +15,8 @@ from torch.nn import functional as F
 
 import rarefy
 from rarefy.engine import Method, Sparsifier
-from rarefy.engine.sharing import share
 from rarefy.errors import OptionError, SelectionError, StateError
-from rarefy.nn import Reparametrisation, bake_
+from rarefy.nn import bake_
 from tests.engine.common import backward, batch, mlp
 from tests.engine.test_any_loop import OPTIMIZERS
 
@@ -26,50 +25,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "soft-movement": dict(threshold=0.4999, penalty_weight=50.0),
     "trainable-threshold": dict(alpha=0.05),
     "lottery-jackpots": dict(sparsity=0.8, stop=0.6),
+    "ste": dict(pattern="1:4"),
+    "sr-ste": dict(pattern="2:4", refine=0.05),
 }
-
-
-class StraightThrough(Reparametrisation):
-    """What N:M training from scratch needs: dL/dweight = dL/dforward, kept or not."""
-
-    mask: Tensor
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("mask", torch.ones_like(weight, dtype=torch.bool))
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight.detach() * self.mask + (weight - weight.detach())
-
-    def kept(self, weight: Tensor) -> Tensor:
-        return self.mask.clone()
-
-    def keep(self, mask: Tensor) -> None:
-        self.mask.copy_(mask)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FromScratch(Method):
-    """N:M with a straight-through estimator and SR-STE's decay of dropped weights: a method that adds no parameter."""
-
-    name: ClassVar[str] = "from-scratch"
-    pattern: str = "2:4"
-    decay: float = 0.0
-
-    def reparametrise(self, weight: nn.Parameter) -> Reparametrisation:
-        return StraightThrough(weight)
-
-    def choose(self, sparse: Sparsifier) -> None:
-        self.after_step(sparse, 0)
-
-    def after_step(self, sparse: Sparsifier, step: int) -> None:
-        for name, counts in share(sparse.layers, 0.5, "uniform").items():
-            layer = sparse.layers[name]
-            layer.rewire(layer.best(layer.trained().abs(), counts))
-
-    def penalty(self, sparse: Sparsifier) -> Tensor:
-        dropped = [layer.target.parameter[~layer.mask()] for layer in sparse.layers.values()]
-        return 0.5 * self.decay * torch.stack([w.square().sum() for w in dropped]).sum()
 
 
 def make(
@@ -243,7 +201,8 @@ def test_schedulers_made_before_or_after_hold_for_what_joined(method: str) -> No
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rule) if early else None
         sparse = rarefy.sparsify(model, method, optimizer=optimizer, total_steps=20, **METHODS[method])
         scheduler = scheduler or torch.optim.lr_scheduler.LambdaLR(optimizer, rule)
-        assert [len(group["params"]) for group in optimizer.param_groups] == [3, 8]
+        guests = sum(len(layer.extras) for layer in sparse.layers.values())  # one a layer, or none
+        assert [len(group["params"]) for group in optimizer.param_groups] == [2 + guests // 3, 6 + guests * 2 // 3]
         for step in range(6):
             train(model, optimizer, range(step, step + 1))
             scheduler.step()
@@ -419,37 +378,6 @@ def test_a_penalty_adds_its_exact_gradient_once_a_step(how: str) -> None:
         )
         assert not model.weight[~mask].any()
         assert not optimizer.state[model.weight]["momentum_buffer"][~mask].any()
-
-
-def test_a_straight_through_method_is_a_few_lines_on_the_same_engine() -> None:
-    """SR-STE: gradients of dropped weights are whole, and with no loss they shrink by 1 - lr decay while others stay."""
-    model = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 4)).double()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    sparse = rarefy.sparsify(model, FromScratch(decay=0.2), optimizer=optimizer)
-    x = torch.randn(16, 8, dtype=torch.float64)
-    reference = bake_(copy.deepcopy(model))
-    model(x).square().sum().backward()
-    reference(x).square().sum().backward()
-    for name, layer in sparse.layers.items():
-        assert layer.pattern.obeys(layer.mask()) and layer.nnz == layer.numel // 2
-        torch.testing.assert_close(layer.target.parameter.grad, reference.get_parameter(name).grad)
-    optimizer.zero_grad()
-    before = {name: layer.trained().clone() for name, layer in sparse.layers.items()}
-    masks = sparse.masks()
-    (0.0 * model(x).sum()).backward()
-    optimizer.step()
-    for name, layer in sparse.layers.items():
-        torch.testing.assert_close(layer.trained(), torch.where(masks[name], 1.0, 0.98) * before[name])
-        assert torch.equal(layer.mask(), masks[name]), "nothing flips without a loss"
-    for step in range(5):
-        optimizer.zero_grad()
-        (model(torch.randn(16, 8, dtype=torch.float64)) - step).square().sum().backward()
-        optimizer.step()
-        for layer in sparse.layers.values():
-            assert layer.pattern.obeys(layer.mask())
-            assert layer.trained()[~layer.mask()].any()
-    sparse.finalize()
-    assert sparse.nnz == sum(int(m.weight.count_nonzero()) for m in (model[0], model[2]))
 
 
 def test_a_mask_that_moves_at_every_step_is_logged_once_in_a_hundred() -> None:

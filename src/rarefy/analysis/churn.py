@@ -33,6 +33,14 @@ class Turn:
         """Share of the kept weights that the update dropped."""
         return self.dropped / self.before if self.before else 0.0
 
+    @property
+    def flips(self) -> int:
+        """Weights that the update dropped or grew: the SAD of one update (arXiv 2102.04010).
+
+        A mask that moves at every step is logged once in 100 steps; then this is the sum of their step-to-step SADs.
+        """
+        return self.dropped + self.grown
+
 
 def churn(events: Iterable[Event], layer: str | None = None) -> list[Turn]:
     """Return the updates of a run, in order; the first mask (step 0) is where it starts, no update.
@@ -69,10 +77,14 @@ def churn(events: Iterable[Event], layer: str | None = None) -> list[Turn]:
 
 @dataclass(frozen=True)
 class Move:
-    """One recorded set of masks beside the one before it, the first, and all so far.
+    """One recorded set of masks beside the one before it, the first, the last, and all so far.
+
+    SAD, the sparse architecture divergence of two times (Zhou et al. 2021, arXiv 2102.04010), is the number of mask bits in
+    which they differ, ||E_a - E_b||^2 over all layers.
 
     Attributes:
         step: when it was recorded.
+        sad_previous, sad_first, sad_last: SAD since the record before, since the first record, and to the last one.
         flip_rate: share of all weights whose state changed since the record before.
         jaccard_previous, jaccard_first: |A and B| / |A or B| with the record before, and with the first.
         survivors: share of the first mask's weights that are kept now.
@@ -82,6 +94,9 @@ class Move:
     """
 
     step: int
+    sad_previous: int
+    sad_first: int
+    sad_last: int
     flip_rate: float
     jaccard_previous: float
     jaccard_first: float
@@ -128,6 +143,7 @@ class MaskHistory:
         if not self._packed:
             return []
         first = previous = self.masks(0)
+        final = self.masks(len(self) - 1)
         seen = Explored(first)
         result = []
         for index in range(1, len(self)):
@@ -140,7 +156,18 @@ class MaskHistory:
             survivors = far.both / far.kept_b if far.kept_b else 1.0
             share = returned / grown if grown else 0.0
             result.append(
-                Move(self.steps[index], near.flip_rate, near.jaccard, far.jaccard, survivors, share, seen.share)
+                Move(
+                    step=self.steps[index],
+                    sad_previous=near.flips,
+                    sad_first=far.flips,
+                    sad_last=overlap(now, final).total.flips,
+                    flip_rate=near.flip_rate,
+                    jaccard_previous=near.jaccard,
+                    jaccard_first=far.jaccard,
+                    survivors=survivors,
+                    returned=share,
+                    explored=seen.share,
+                )
             )
             previous = now
         return result

@@ -144,6 +144,14 @@ class Layer(ABC):
         """The parameters that are trained beside the weight, by name (see `Method.reparametrise`)."""
         return {}
 
+    @property
+    def settings(self) -> Mapping[str, Tensor]:
+        """The numbers that the forward weight is computed with beside what is trained, by name: a method sets them in place.
+
+        They are part of the saved state. After a change that moves the mask, call `refresh`.
+        """
+        return {}
+
     @abstractmethod
     def newcomers(self, chosen: Tensor) -> Tensor:
         """Return how many of the chosen units each group does not keep now; int64 [groups]."""
@@ -342,7 +350,7 @@ class Layer(ABC):
         return
 
     def refresh(self) -> None:
-        """Take note of what is kept now, where that follows from tensors that are trained; called after every step."""
+        """Take note of what is kept now, where that follows from tensors that are trained; called around every step."""
         return
 
     def report(self) -> None:

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from rarefy.engine.taxonomy import Family
 from rarefy.errors import OptionError, nearest
 from rarefy.nn import Reparametrisation
+from rarefy.patterns import Pattern
 from rarefy.penalties import Proximal
 from rarefy.schedules import Clock
 
 if TYPE_CHECKING:
     from rarefy.engine.layer import Layer
+    from rarefy.engine.selection import Target
     from rarefy.engine.sparsifier import Sparsifier
 
 
@@ -36,6 +38,7 @@ class Method:
     keeps_calibration: ClassVar[bool] = False  # and again while it trains
     prunes: ClassVar[bool] = True  # makes zeros: without that it has no sparse layers, and all work is in `model`
     reserves: ClassVar[bool] = False  # dropped weights keep their values: see `rarefy.engine.reserve`
+    patterns: ClassVar[tuple[type[Pattern], ...]] = (Pattern,)  # the kinds that its option `pattern` takes
 
     def __post_init__(self) -> None:
         """Raise OptionError where an option, or two together, cannot be."""
@@ -58,6 +61,13 @@ class Method:
         A method that trains several times in one run begins again; a training loop asks with every step.
         """
         return step, total_steps
+
+    def leaves(self, target: Target) -> str | None:
+        """Return why this weight stays dense where nobody names it by `include`; None: it does not.
+
+        What is left is listed with the reason. A weight that is named must fit: it is an error there.
+        """
+        return None
 
     def check(self, sparse: Sparsifier) -> None:
         """Raise OptionError when the method cannot do this model; changes nothing."""

@@ -19,6 +19,7 @@ __all__ = [
     "check_decay",
     "check_fraction",
     "check_free",
+    "check_not_negative",
     "check_pattern",
     "check_positive",
     "check_sparsity",
@@ -73,6 +74,12 @@ def check_positive(name: str, value: object) -> None:
     """Refuse anything but a finite number above 0."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise OptionError(f"{name}={value!r} must be a number above 0.")
+
+
+def check_not_negative(name: str, value: object) -> None:
+    """Refuse anything but a finite number of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise OptionError(f"{name}={value!r} must be a number of at least 0.")
 
 
 def check_curve(name: str) -> None:

@@ -68,6 +68,8 @@ class PenaltyHook:
 
     def _add(self, optimizer: Optimizer) -> Tensor | None:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        for layer in self._sparse.layers.values():
+            layer.refresh()  # weights may have been set since the last step, or set alike on all ranks
         with torch.enable_grad():
             penalty = self._sparse.method.penalty(self._sparse)
         if penalty is None or not penalty.requires_grad:

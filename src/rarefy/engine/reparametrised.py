@@ -41,7 +41,10 @@ class ReparametrisedLayer(MaskedLayer):
     ) -> None:
         super().__init__(target, pattern, optimizers, on_change=on_change, on_load=on_load)
         self._computes = computes
+        self._seen: list[tuple[int, int]] = []
         self._untold = Change(0, 0)  # a mask that moves at every step would fill the log
+        if computes.follows:
+            self._look()  # weights that no mask can be found for are refused before anything is changed
         if optimizers.all:
             for name, extra in self.extras.items():
                 optimizers.check_join(extra, target.parameter, self._full_name(name))
@@ -57,8 +60,8 @@ class ReparametrisedLayer(MaskedLayer):
                 )
         if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
             raise OptionError(
-                "This method trains parameters of its own, which DistributedDataParallel must see: call sparsify() on the "
-                "model before wrapping it."
+                "This method computes weights from what it trains, which DistributedDataParallel must see: call sparsify() on "
+                "the model before wrapping it."
             )
 
     @staticmethod
@@ -84,6 +87,10 @@ class ReparametrisedLayer(MaskedLayer):
     @property
     def extras(self) -> Mapping[str, nn.Parameter]:
         return dict(self._computes.named_parameters())
+
+    @property
+    def settings(self) -> Mapping[str, Tensor]:
+        return {name: buffer for name, buffer in self._computes.named_buffers() if name != "mask"}
 
     def trained(self) -> Tensor:
         return self.parameter.detach()
@@ -113,9 +120,17 @@ class ReparametrisedLayer(MaskedLayer):
             self._on_change(self, self._untold)
             self._untold = Change(0, 0)
 
+    def share(self) -> None:
+        if not self._computes.follows:  # else it follows from weights, which DistributedDataParallel shares
+            super().share()
+
+    def after_step(self) -> None:
+        self._seen = []  # an optimizer may write past the version counter
+        super().after_step()
+
     def refresh(self) -> None:
-        if self._computes.follows:
-            mask = self._computes.kept(self.parameter)
+        if self._computes.follows and self._seen != self._versions():
+            mask = self._follow()
             if not torch.equal(mask, self._here()):
                 super().keep(mask)
 
@@ -180,27 +195,43 @@ class ReparametrisedLayer(MaskedLayer):
 
     def _look(self) -> None:
         """Take over what the reparametrisation keeps, without a word in the log."""
-        self._mask = self._computes.kept(self.parameter)
+        self._mask = self._follow()
         self._nnz = int(self._mask.sum())
+
+    def _versions(self) -> list[tuple[int, int]]:
+        """Tell the tensors that the mask follows from, and their values, from what they were and held before."""
+        return [(id(t), t._version) for t in (self.parameter, *self.extras.values(), *self.settings.values())]
+
+    def _follow(self) -> Tensor:
+        self._seen = self._versions()
+        try:
+            return self._computes.kept(self.parameter)
+        except OptionError as error:  # NaN
+            raise OptionError(f"{self.name} {list(self.shape)}: {error}") from error
 
     def state_dict(self) -> dict[str, object]:
         extras = {name: extra.detach().clone() for name, extra in self.extras.items()}
-        return {**super().state_dict(), "extras": extras, "untold": list(self._untold)}
+        settings = {name: value.clone() for name, value in self.settings.items()}
+        return {**super().state_dict(), "extras": extras, "settings": settings, "untold": list(self._untold)}
 
     def check_state(self, state: object) -> None:
         super().check_state(state)
         assert isinstance(state, dict)
-        saved, untold = state.get("extras"), state.get("untold")
-        if not isinstance(saved, dict) or saved.keys() != self.extras.keys() or not isinstance(untold, list):
+        if not isinstance(state.get("untold"), list):
             raise StateError(f"{self.name}: the saved state of this layer is incomplete.")
-        for name, extra in self.extras.items():
-            if not isinstance(saved[name], Tensor) or saved[name].shape != extra.shape:
-                raise StateError(f"{self.name}: the saved {name} is not a tensor {list(extra.shape)}.")
+        for part, mine in (("extras", self.extras), ("settings", self.settings)):
+            saved = state.get(part)
+            if not isinstance(saved, dict) or saved.keys() != mine.keys():
+                raise StateError(f"{self.name}: the saved state of this layer is incomplete.")
+            for name, tensor in mine.items():
+                if not isinstance(saved[name], Tensor) or saved[name].shape != tensor.shape:
+                    raise StateError(f"{self.name}: the saved {name} is not a tensor {list(tensor.shape)}.")
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, extra in self.extras.items():
-            extra.copy_(state["extras"][name])
+        for part, mine in (("extras", self.extras), ("settings", self.settings)):
+            for name, tensor in mine.items():
+                tensor.copy_(state[part][name])
         super().load_state_dict(state)
         if not self._computes.follows:
             self._computes.keep(self._mask)

@@ -156,6 +156,19 @@ def find_targets(
     return targets, left + not_chosen
 
 
+def set_aside(targets: Sequence[Target], why: Callable[[Target], str | None]) -> tuple[list[Target], list[LeftOut]]:
+    """Part the weights that stay dense, for the reason that `why` gives, from the others.
+
+    Raises SelectionError, with all the reasons, when no other is left.
+    """
+    left = [LeftOut(t.name, t.shape, reason) for t in targets if (reason := why(t)) is not None]
+    if len(left) == len(targets):
+        reasons = "; ".join(f"{item.name} {list(item.shape)}: {item.reason}" for item in left)
+        raise SelectionError(f"No layer of this model can be made sparse so. {reasons}.")
+    names = {item.name for item in left}
+    return [t for t in targets if t.name not in names], left
+
+
 def leave_all(model: nn.Module, method: str, include: object, exclude: object) -> list[LeftOut]:
     """List every parameter of a model that a method makes no zeros in; SelectionError where layers are chosen for it."""
     for which, selectors in (("include", include), ("exclude", exclude)):

@@ -22,7 +22,7 @@ from rarefy.engine.method import Method
 from rarefy.engine.optimizer_state import Optimizers, check_optimizers, inside_another_step, was_skipped
 from rarefy.engine.reparametrised import ReparametrisedLayer
 from rarefy.engine.reserve import RESERVING, show
-from rarefy.engine.selection import Selector, Target, check_fit, find_targets, leave_all
+from rarefy.engine.selection import Selector, Target, check_fit, find_targets, leave_all, set_aside
 from rarefy.engine.state import check_state, collect
 from rarefy.engine.summary import Row, Summary, added_since
 from rarefy.errors import OptionError, nearest
@@ -97,6 +97,9 @@ class Sparsifier:
 
         if method.prunes:
             targets, self.left_out = find_targets(model, include, exclude)
+            if include is None:
+                targets, aside = set_aside(targets, method.leaves)
+                self.left_out += aside
         else:
             targets, self.left_out = [], leave_all(model, method.name, include, exclude)
         pattern: Pattern = parse_pattern(getattr(method, "pattern", "unstructured"))

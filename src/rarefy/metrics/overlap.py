@@ -42,9 +42,14 @@ class Overlap:
         return self.both / least if least else 1.0
 
     @property
+    def flips(self) -> int:
+        """Weights whose state differs (Hamming distance): the sparse architecture divergence, SAD, of arXiv 2102.04010."""
+        return self.kept_a + self.kept_b - 2 * self.both
+
+    @property
     def flip_rate(self) -> float:
-        """Share of weights whose state differs (Hamming distance over size)."""
-        return (self.kept_a + self.kept_b - 2 * self.both) / self.size if self.size else 0.0
+        """Share of weights whose state differs: flips over size."""
+        return self.flips / self.size if self.size else 0.0
 
     @property
     def expected_jaccard(self) -> float:

@@ -12,11 +12,15 @@ from rarefy.nn.reparametrisation import Reparametrisation, ScoreMask, ThresholdM
 from rarefy.nn.share import share_, unshare_
 from rarefy.nn.shared_array import SharedArray
 from rarefy.nn.shared_layers import SharedConv2d, SharedEmbedding, SharedLinear, SharedModule
+from rarefy.nn.straight_through import FadingMask, HeldMask, LargestMask
 from rarefy.nn.widen import widen_
 
 __all__ = [
     "Doped",
+    "FadingMask",
+    "HeldMask",
     "IsoFlop",
+    "LargestMask",
     "Parallel",
     "Reparametrisation",
     "ScoreMask",
