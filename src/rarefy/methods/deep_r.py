@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rarefy.engine import Family, Layer, Sparsifier
 from rarefy.engine.distributed import from_first_rank
-from rarefy.errors import OptionError
+from rarefy.engine.options import check_positive
 from rarefy.methods.dynamic import Rewiring
 from rarefy.methods.static import RandomStart
 
@@ -51,10 +51,9 @@ class DeepR(Rewiring, RandomStart):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.l1 >= 0:
-            raise OptionError(f"l1={self.l1!r} must not be negative.")
-        if self.temperature is not None and not self.temperature >= 0:
-            raise OptionError(f"temperature={self.temperature!r} must not be negative.")
+        check_positive("l1", self.l1, zero=True)
+        if self.temperature is not None:
+            check_positive("temperature", self.temperature, zero=True)
 
     def initialise(self, sparse: Sparsifier) -> None:
         super().initialise(sparse)

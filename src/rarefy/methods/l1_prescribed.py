@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rarefy.engine import Family, Layer, Method, Sparsifier
 from rarefy.engine.calibration import mean_gradients
-from rarefy.engine.options import check_allocation, check_clock, check_fraction
+from rarefy.engine.options import check_allocation, check_clock, check_count, check_fraction, check_positive
 from rarefy.engine.rewinding import rewind, snapshot, start_afresh
 from rarefy.engine.sharing import Rule, is_scored, share
 from rarefy.errors import OptionError
@@ -93,11 +93,10 @@ class L1Prescribed(Method):
             raise OptionError(f"allocation={self.allocation!r} is not a number for each layer; parameters='one' is.")
         if self.parameters not in ("per-layer", "one"):
             raise OptionError(f"parameters={self.parameters!r} must be 'per-layer' or 'one'.")
-        if self.strength is not None and not 0 < self.strength < math.inf:
-            raise OptionError(f"strength={self.strength!r} must be a number above 0, or None.")
+        if self.strength is not None:
+            check_positive("strength", self.strength)
         check_clock(self.every, 0, None)
-        if not isinstance(self.solves, int) or self.solves < 1:
-            raise OptionError(f"solves={self.solves!r} must be a whole number, 1 or more.")
+        check_count("solves", self.solves)
         check_fraction("tolerance", self.tolerance)
 
     def clock(self, total_steps: int | None) -> Clock:
