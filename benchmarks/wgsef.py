@@ -115,7 +115,7 @@ def main() -> None:
     print("\n| wgsef as it comes: k | units before projection | at the end | accuracy |\n|---|---|---|---|")
     for k in (10, 20, 50):
         runs = [
-            train(data, rarefy.methods.WGSEF(sparsity=1 - k / 200), s, args.epochs, args.batch, length=True)
+            train(data, rarefy.methods.WGSEF(sparsity=1 - k / 200, strength=0.1), s, args.epochs, args.batch, length=True)
             for s in args.seeds
         ]
         left = [float(sparse.memory["groups"]["0.weight"]) for _, sparse in runs]

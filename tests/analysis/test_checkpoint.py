@@ -18,8 +18,10 @@ from torch.nn.utils import prune
 
 import rarefy
 from rarefy.analysis import inspect_checkpoint
+from rarefy.analysis.checkpoint import read_masks
 from rarefy.errors import DataError, RarefyError, StateError
 from rarefy.kernels import pack_mask
+from rarefy.training.account import save_masks
 from tests.engine.common import mlp
 
 
@@ -215,3 +217,14 @@ def test_a_header_length_that_looks_like_a_zip_or_a_pickle(tmp_path: Path) -> No
 def test_names_cannot_write_to_the_terminal(tmp_path: Path) -> None:
     save_file({"\x1b[31mred\n": torch.ones(2, 2)}, tmp_path / "x")
     assert "\x1b" not in str(inspect_checkpoint(tmp_path / "x"))
+
+
+def test_the_masks_of_a_run_without_masks_are_read(tmp_path: Path) -> None:
+    """safetensors writes a broken header for no tensors with empty metadata: the runs of `stable-rps` had such a file."""
+    file = tmp_path / "masks.safetensors"
+    save_masks(file, {})
+    found = inspect_checkpoint(file)
+    assert found.kind == "masks" and found.weights == () and "masks" in str(found)
+    assert read_masks(file) == {}
+    save_file({}, tmp_path / "empty.safetensors")
+    assert inspect_checkpoint(tmp_path / "empty.safetensors").kind == "safetensors"

@@ -229,3 +229,33 @@ def test_bad_input_is_named_and_the_model_left_alone() -> None:
         with pytest.raises(OptionError, match=match):
             rarefy.sparsify(model, "l1-prescribed", **given)
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 0.5])
+def test_compressed_storage_solves_the_same(tolerance: float) -> None:
+    """Kept values alone are a vector, and their gradients another; the search looks at both in the weight's shape."""
+    masks, solves = [], []
+    for storage in ("masked", "compressed"):
+        model = network().double()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+        data = [(x.double(), y) for x, y in classes()]
+        options = {"sparsity": 0.7, "every": 30, "solves": 3, "tolerance": tolerance, "calibration": data}
+        sparse = rarefy.sparsify(model, "l1-prescribed", optimizer=optimizer, storage=storage, **options)
+        for step in range(100):
+            torch.manual_seed(step)
+            optimizer.zero_grad()
+            F.cross_entropy(model(data[step % 4][0]), data[step % 4][1]).backward()
+            optimizer.step()
+        assert sparse.nnz == 67
+        masks.append(sparse.masks())
+        solves.append(sparse.memory["solves"])
+    assert solves[0] == solves[1] and all(torch.equal(masks[0][name], masks[1][name]) for name in masks[0])
+
+
+def test_the_search_ends_a_solve_before_the_run_does() -> None:
+    """What is kept is still to be trained; and a step or two that a gradient scaler skips must not leave a dense network."""
+    method = rarefy.methods.L1Prescribed(every=5, solves=3)
+    assert [method.clock(total).last for total in (5, 9, 10, 14, 15, 20, 40)] == [5, 5, 5, 5, 10, 15, 15]
+    sparse, _ = run(14, every=5, solves=3, total_steps=15, tolerance=0.0)
+    assert sparse.nnz == 67 and len(sparse.memory["solves"]) == 2
+    assert method.lr_step(9, 15) == (4, 5) and method.lr_step(12, 15) == (2, 5)

@@ -162,54 +162,6 @@ def test_dsr_refuses_a_target_that_leaves_nothing() -> None:
             rarefy.methods.make("dsr", target=wrong)
 
 
-# --- DEEP R ------------------------------------------------------------------------------------------------------------
-
-
-@both
-def test_deep_r_drops_what_crosses_zero_and_nothing_else(storage: str) -> None:
-    model = mlp()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
-    sparse = rarefy.sparsify(
-        model, "deep-r", sparsity=0.7, optimizer=optimizer, storage=storage, l1=0.0, temperature=0.0
-    )
-    crossings = 0
-    for i in range(25):
-        signs = {name: sparse.memory[f"signs {name}"] for name in sparse.layers}
-        before = {name: layer.mask() for name, layer in sparse.layers.items()}
-        weights: dict[str, Tensor] = {}
-        hook = optimizer.register_step_post_hook(  # after the update, before the method: hooks run in order
-            lambda *_, into=weights: into.update({n: layer.weight().clone() for n, layer in sparse.layers.items()})
-        )
-        optimizer._optimizer_step_post_hooks.move_to_end(hook.id, last=False)
-        step(model, optimizer, batch(i))
-        hook.remove()
-        for name, layer in sparse.layers.items():
-            crossed = torch.zeros_like(before[name])
-            crossed[before[name]] = weights[name][before[name]] * signs[name] < 0
-            absent = int((~before[name]).sum())
-            dropped = before[name] & ~layer.mask()
-            assert int(dropped.sum()) == min(int(crossed.sum()), absent) and not bool((dropped & ~crossed).any())
-            crossings += int(dropped.sum())
-            now = sparse.memory[f"signs {name}"]
-            assert set(now.tolist()) <= {-1, 1} and bool((layer.values() * now >= 0).all())
-    assert crossings > 20
-
-
-@both
-def test_deep_r_drifts_towards_zero_with_noise_in_proportion(storage: str) -> None:
-    model = mlp()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    sparse = rarefy.sparsify(
-        model, "deep-r", sparsity=0.5, optimizer=optimizer, storage=storage, l1=1e-4, allocation="uniform", every=99
-    )
-    before = {name: layer.values() for name, layer in sparse.layers.items()}
-    for _ in range(30):
-        optimizer.step()  # no gradient at all
-    moves = torch.cat([(before[n] - layer.values()) * before[n].sign() for n, layer in sparse.layers.items()])
-    assert float(moves.mean()) == pytest.approx(30 * 0.5e-4, rel=0.02)
-    assert float(moves.std()) == pytest.approx(math.sqrt(30) * 0.5e-4 / 3, rel=0.1)
-
-
 # --- SRigL -------------------------------------------------------------------------------------------------------------
 
 

@@ -183,3 +183,20 @@ def test_bad_options_leave_the_model_alone() -> None:
     with pytest.raises(OptionError, match="pass total_steps"):
         rarefy.sparsify(model, "wgsef", stop=0.5)
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_the_defaults_do_not_bring_a_deeper_network_to_zero() -> None:
+    """lambda decays what stays, too; 0.1 at first, in two layers in a row, left networks that answered the same to all."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(256, 24, generator=g)
+    y = (x @ torch.randn(24, 4, generator=g)).argmax(1)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 60), nn.ReLU(), nn.Linear(60, 40), nn.ReLU(), nn.Linear(40, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    sparse = rarefy.sparsify(model, "wgsef", sparsity=0.8, exclude="4", optimizer=optimizer, total_steps=400, every=20)
+    for _ in range(400):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    assert [int(groups_left(layer)) for layer in sparse.layers.values()] == [12, 8]
+    assert float((model(x).argmax(1) == y).double().mean()) > 0.8

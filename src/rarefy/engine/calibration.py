@@ -103,7 +103,8 @@ def _summed(sparse: Sparsifier, derivative: Derivative) -> dict[str, Tensor]:
     for name, whole in total.items():
         if not torch.isfinite(whole).all():
             raise OptionError(f"{name} {list(whole.shape)}: its gradient on the calibration data is not finite.")
-    return {name: average(whole) for name, whole in total.items()}
+    # storage that holds kept weights alone has a vector of them: here all are kept, in their order
+    return {name: average(whole).view(sparse.layers[name].shape) for name, whole in total.items()}
 
 
 def mean_gradients(sparse: Sparsifier) -> dict[str, Tensor]:

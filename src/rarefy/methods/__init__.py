@@ -50,9 +50,9 @@ def find(name: str) -> type[Method]:
         >>> find("dst").name
         'trainable-threshold'
     """
-    known = _ALIASES.get(name, name)
+    known = _ALIASES.get(name, name) if isinstance(name, str) else None
     if known not in _METHODS:
-        hint = nearest(name, [*_METHODS, *_ALIASES])
+        hint = nearest(str(name), [*_METHODS, *_ALIASES])
         raise OptionError(f"There is no method {name!r}{hint}. Methods: {', '.join(_METHODS)}.")
     return _METHODS[known]
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from rarefy.engine import Family, Method, Sparsifier
-from rarefy.engine.options import check_allocation, check_clock, check_pattern, check_sparsity
+from rarefy.engine.options import check_allocation, check_clock, check_ends, check_pattern, check_sparsity, check_time
 from rarefy.engine.rewinding import start_afresh
 from rarefy.engine.sharing import Rule, is_scored, share
 from rarefy.errors import OptionError
@@ -60,8 +60,9 @@ class ACDC(Method):
         check_pattern(self.pattern)
         check_sparsity(self.sparsity, self.pattern)
         check_allocation(self.allocation)
-        check_clock(1, self.every, None)
+        check_time("every", self.every)
         check_clock(1, self.start, self.stop)
+        check_ends(self.stop)
 
     def clock(self, total_steps: int | None) -> Clock:
         every = Clock(start=self.every, total=total_steps).first

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rarefy.engine import Family, Layer, Sparsifier
 from rarefy.engine.distributed import from_first_rank
-from rarefy.errors import OptionError
+from rarefy.engine.options import check_positive
 from rarefy.methods.dynamic import Rewiring
 from rarefy.methods.static import RandomStart
 
@@ -37,8 +37,8 @@ class DeepR(Rewiring, RandomStart):
     Options (beside those of `static`, without `pattern`: single weights only):
         l1: alpha. Default 1e-4 (usual in implementations; it must fit the task).
         temperature: T. Default None: eta alpha^2 / 18, so that the noise is a third of the drift.
-        every: steps between updates. Default 1: every step.
-        start, stop: as `set`, but by default updates go on to the end of training.
+        every: steps between updates. Default 1: every step. In between, what has crossed zero waits, and is not moved on.
+        start, stop: as `set`, but by default updates go on to the end of training. Drift and noise begin and end with them.
 
     Raises as `static` does, and OptionError for a negative l1 or temperature.
     """
@@ -51,10 +51,9 @@ class DeepR(Rewiring, RandomStart):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.l1 >= 0:
-            raise OptionError(f"l1={self.l1!r} must not be negative.")
-        if self.temperature is not None and not self.temperature >= 0:
-            raise OptionError(f"temperature={self.temperature!r} must not be negative.")
+        check_positive("l1", self.l1, zero=True)
+        if self.temperature is not None:
+            check_positive("temperature", self.temperature, zero=True)
 
     def initialise(self, sparse: Sparsifier) -> None:
         super().initialise(sparse)
@@ -62,8 +61,14 @@ class DeepR(Rewiring, RandomStart):
             self._remember(sparse, layer)
 
     def after_step(self, sparse: Sparsifier, step: int) -> None:
+        first, last = sparse.clock.first, sparse.clock.last
+        if step < first or (last is not None and step > last):
+            return
         for layer in sparse.layers.values():
-            self._drift(sparse, layer)
+            if step == first:
+                self._remember(sparse, layer)  # here it begins: what crossed before does not count
+            else:
+                self._drift(sparse, layer, self.due(sparse, step))
         super().after_step(sparse, step)
 
     def update(self, sparse: Sparsifier, step: int) -> None:
@@ -77,12 +82,15 @@ class DeepR(Rewiring, RandomStart):
                 layer.rewire(layer.kept(stays), layer.random(count, sparse.generator, besides=layer.kept()))
             self._remember(sparse, layer)
 
-    def _drift(self, sparse: Sparsifier, layer: Layer) -> None:
+    def _drift(self, sparse: Sparsifier, layer: Layer, due: bool) -> None:
         rate, values = layer.learning_rate, layer.values()
         heat = rate * self.l1**2 / 18 if self.temperature is None else self.temperature
         signs = sparse.memory[f"signs {layer.name}"].to(values)
         noise = torch.randn(values.shape, generator=sparse.generator).to(values)
-        layer.write(values + signs * (noise * math.sqrt(2 * rate * heat) - rate * self.l1))
+        move = signs * (noise * math.sqrt(2 * rate * heat) - rate * self.l1)
+        if not due:  # what has crossed waits to be dropped: further on the drift would make it larger
+            move = move.masked_fill(values * signs < 0, 0)
+        layer.write(values + move)
 
     def _remember(self, sparse: Sparsifier, layer: Layer) -> None:
         """Note every kept weight's sign, int8 [nnz]; a weight that is zero gets a random one."""

@@ -9,6 +9,7 @@ import torch
 
 from rarefy.allocation import spread
 from rarefy.engine import Family, Sparsifier
+from rarefy.engine.options import check_positive
 from rarefy.errors import OptionError
 from rarefy.methods.dynamic import Rewiring
 from rarefy.methods.static import RandomStart
@@ -47,10 +48,9 @@ class DSR(Rewiring, RandomStart):
     def __post_init__(self) -> None:
         super().__post_init__()
         number = isinstance(self.target, int | float) and not isinstance(self.target, bool)
-        if not number or self.target <= 0 or (isinstance(self.target, float) and self.target >= 1):
+        if not number or not self.target > 0 or (isinstance(self.target, float) and self.target >= 1):
             raise OptionError(f"target={self.target!r} must be a whole number of weights, or a share in (0, 1).")
-        if not self.threshold > 0:
-            raise OptionError(f"threshold={self.threshold!r} must be above 0.")
+        check_positive("threshold", self.threshold)
 
     def choose(self, sparse: Sparsifier) -> None:
         super().choose(sparse)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rarefy.engine import Family, Layer, Sparsifier
 from rarefy.engine.factors import BY
+from rarefy.engine.options import check_positive
 from rarefy.engine.sharing import largest_across
 from rarefy.errors import OptionError, SelectionError
 from rarefy.methods.dynamic import DropAndGrow
@@ -70,8 +71,7 @@ class GSE(DropAndGrow):
         for option, known in (("by", BY), ("scope", ("global", "layer"))):
             if getattr(self, option) not in known:
                 raise OptionError(f"{option}={getattr(self, option)!r} is not one of {', '.join(known)}.")
-        if isinstance(self.gamma, bool) or not self.gamma > 0:
-            raise OptionError(f"gamma={self.gamma!r} must be above 0.")
+        check_positive("gamma", self.gamma)
 
     def check(self, sparse: Sparsifier) -> None:
         if odd := [layer for layer in sparse.layers.values() if not layer.is_product]:

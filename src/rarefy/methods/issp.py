@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rarefy.engine import Family, Layer, Method, Sparsifier
-from rarefy.engine.options import check_clock, check_pattern, check_sparsity
+from rarefy.engine.options import check_clock, check_end, check_pattern, check_positive, check_share, check_sparsity
 from rarefy.errors import OptionError
 from rarefy.patterns import Pattern
 from rarefy.schedules import Clock
@@ -34,7 +34,9 @@ class SoftShrinkage(Method):
 
     def clock(self, total_steps: int | None) -> Clock:
         stop = self.stop if self.stop is not None else PAPER_STEPS if total_steps is None else 1 / 3
-        return Clock(every=1, stop=stop, total=total_steps)
+        clock = Clock(every=1, stop=stop, total=total_steps)
+        check_end(self.name, clock)
+        return clock
 
     def kept_units(self, layer: Layer) -> Tensor:
         """Return N - min(ceil(r N), floor(0.995 N)) for each group of N units, or what the pattern prescribes; int64."""
@@ -90,7 +92,8 @@ class ISSP(SoftShrinkage):
         stop: when to freeze; an int is a step, a float in [0, 1] a fraction of total_steps. Default a third of total_steps
             (the paper: 100,000 of 300,000), or step 100,000 where total_steps is not known.
 
-    Raises OptionError where a fraction is given without total_steps, PatternError where a layer does not fit the pattern.
+    Raises OptionError where a fraction is given without total_steps or the end comes before the first step, PatternError where
+    a layer does not fit the pattern.
     """
 
     name: ClassVar[str] = "issp"
@@ -99,8 +102,7 @@ class ISSP(SoftShrinkage):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.beta <= 1:
-            raise OptionError(f"beta={self.beta!r} must be a number in [0, 1].")
+        check_share("beta", self.beta)
 
     def shrink(self, sparse: Sparsifier, layer: Layer, low: Tensor) -> None:
         weight = layer.weight()
@@ -129,8 +131,7 @@ class ISSR(SoftShrinkage):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.delta < math.inf:
-            raise OptionError(f"delta={self.delta!r} must be a number above 0.")
+        check_positive("delta", self.delta)
 
     def shrink(self, sparse: Sparsifier, layer: Layer, low: Tensor) -> None:
         weight = layer.weight()
@@ -168,8 +169,10 @@ class GReg(SoftShrinkage):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_clock(self.every, 0, None)
-        if not 0 < self.growth <= self.ceiling < math.inf:
-            raise OptionError(f"growth={self.growth!r} must be above 0 and not above ceiling={self.ceiling!r}.")
+        check_positive("growth", self.growth)
+        check_positive("ceiling", self.ceiling)
+        if self.growth > self.ceiling:
+            raise OptionError(f"growth={self.growth!r} must not be above ceiling={self.ceiling!r}.")
 
     def clock(self, total_steps: int | None) -> Clock:
         whole = super().clock(total_steps)

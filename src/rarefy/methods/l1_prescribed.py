@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rarefy.engine import Family, Layer, Method, Sparsifier
 from rarefy.engine.calibration import mean_gradients
-from rarefy.engine.options import check_allocation, check_clock, check_fraction
+from rarefy.engine.options import check_allocation, check_clock, check_count, check_fraction, check_positive
 from rarefy.engine.rewinding import rewind, snapshot, start_afresh
 from rarefy.engine.sharing import Rule, is_scored, share
 from rarefy.errors import OptionError
@@ -66,7 +66,8 @@ class L1Prescribed(Method):
         strength: lambda of the first solve; None (default): where the gradients of the first weights would put it. Start
             with moderate ones: large ones kill whole units.
         every: steps of a solve. Default 1000.
-        solves: at most so many. Default 12.
+        solves: at most so many, and one less than total_steps have room for: the steps of that one train what is kept.
+            Default 12.
         tolerance: how far from l_j is near enough, as a share of it (2 weights at least). Default 0.02.
 
     Raises OptionError without calibration data, for total_steps shorter than a solve, and where no gradient reaches a
@@ -92,17 +93,20 @@ class L1Prescribed(Method):
             raise OptionError(f"allocation={self.allocation!r} is not a number for each layer; parameters='one' is.")
         if self.parameters not in ("per-layer", "one"):
             raise OptionError(f"parameters={self.parameters!r} must be 'per-layer' or 'one'.")
-        if self.strength is not None and not 0 < self.strength < math.inf:
-            raise OptionError(f"strength={self.strength!r} must be a number above 0, or None.")
+        if self.strength is not None:
+            check_positive("strength", self.strength)
         check_clock(self.every, 0, None)
-        if not isinstance(self.solves, int) or self.solves < 1:
-            raise OptionError(f"solves={self.solves!r} must be a whole number, 1 or more.")
+        check_count("solves", self.solves)
         check_fraction("tolerance", self.tolerance)
 
     def clock(self, total_steps: int | None) -> Clock:
-        solves = self.solves if total_steps is None else min(self.solves, total_steps // self.every)
-        if solves == 0:
-            raise OptionError(f"total_steps={total_steps} is less than one solve of {self.every} steps: lower `every`.")
+        solves = self.solves
+        if total_steps is not None:
+            if total_steps < self.every:
+                raise OptionError(
+                    f"total_steps={total_steps} is less than one solve of {self.every} steps: lower `every`."
+                )
+            solves = min(solves, max(1, total_steps // self.every - 1))
         return Clock(every=self.every, stop=solves * self.every, total=total_steps)
 
     def lr_step(self, step: int, total_steps: int) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from typing import ClassVar, NamedTuple
 import torch
 
 from rarefy.engine import Family, Method, Sparsifier, check_fraction
-from rarefy.engine.options import check_allocation, check_clock, check_pattern, check_sparsity
+from rarefy.engine.options import check_allocation, check_count, check_pattern, check_sparsity, check_time
 from rarefy.engine.rewinding import learning_rates, rewind, snapshot, start_afresh
 from rarefy.engine.sharing import Rule
 from rarefy.errors import OptionError
@@ -85,11 +85,11 @@ class LotteryTicket(Method):
         check_pattern(self.pattern)
         check_sparsity(self.sparsity, self.pattern)
         check_allocation(self.allocation)
-        check_clock(1, self.rewind_to, None)
+        check_time("rewind_to", self.rewind_to)
         if isinstance(self.rewind_to, float):
             check_fraction("rewind_to", self.rewind_to)
-        if self.rounds is not None and (not isinstance(self.rounds, int) or self.rounds < 1):
-            raise OptionError(f"rounds={self.rounds!r} must be a whole number of prunings, 1 or more.")
+        if self.rounds is not None:
+            check_count("rounds", self.rounds)
         for name, value, known in (("rewind", self.rewind, REWINDS), ("ticket", self.ticket, TICKETS)):
             if value not in known:
                 raise OptionError(f"{name}={value!r} must be one of {', '.join(map(repr, known))}.")

@@ -12,6 +12,7 @@ from rarefy.engine.options import (
     check_allocation,
     check_clock,
     check_curve,
+    check_ends,
     check_fraction,
     check_pattern,
     check_sparsity,
@@ -115,6 +116,7 @@ class Gradual(Method):
         check_allocation(self.allocation)
         check_curve(self.curve)
         check_clock(self.every, self.start, self.stop)
+        check_ends(self.stop)
 
     def clock(self, total_steps: int | None) -> Clock:
         return Clock(every=self.every, start=self.start, stop=self.stop, total=total_steps)

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.engine import Family, Method, Sparsifier
-from rarefy.engine.options import check_allocation, check_clock, check_fraction, check_pattern, check_sparsity
+from rarefy.engine.options import (
+    check_allocation,
+    check_clock,
+    check_ends,
+    check_fraction,
+    check_pattern,
+    check_positive,
+    check_sparsity,
+)
 from rarefy.engine.sharing import Rule, is_scored, share, staged
 from rarefy.errors import OptionError
 from rarefy.nn import Reparametrisation, ScoreMask
@@ -70,6 +78,7 @@ class Movement(Method):
         if self.allocation == "lamp":
             raise OptionError('allocation="lamp" ranks squares of weights; movement scores have a sign: take "global".')
         check_clock(1, self.start, self.stop)
+        check_ends(self.stop)
 
     def clock(self, total_steps: int | None) -> Clock:
         return Clock(every=1, start=self.start, stop=self.stop, total=total_steps)
@@ -130,9 +139,9 @@ class SoftMovement(Method):
         check_fraction("threshold", self.threshold, zero=False)
         if self.threshold >= 0.5:
             raise OptionError(f"threshold={self.threshold} must be below 0.5, the sigmoid of a score at its start.")
-        if not self.penalty_weight >= 0:
-            raise OptionError(f"penalty_weight={self.penalty_weight} must not be negative.")
+        check_positive("penalty_weight", self.penalty_weight, zero=True)
         check_clock(1, self.start, self.stop)
+        check_ends(self.stop)
 
     def clock(self, total_steps: int | None) -> Clock:
         return Clock(every=1, start=self.start, stop=self.stop, total=total_steps)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rarefy.engine import Family, Layer, Sparsifier, dead_units
+from rarefy.engine.options import check_flag
 from rarefy.engine.sharing import share
 from rarefy.errors import AllocationError, OptionError, nearest
 from rarefy.methods.grasp import GraSP
@@ -68,6 +69,7 @@ class RandomPruning(Static):
             raise OptionError(
                 f"draw={self.draw!r} must be 'exact' or 'bernoulli'{nearest(str(self.draw), ('exact', 'bernoulli'))}."
             )
+        check_flag("connected", self.connected)
         if self.connected and self.draw == "bernoulli":
             raise OptionError(
                 "connected=True sets weights by hand, and draw='bernoulli' draws each by itself: choose one."

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from rarefy.engine import Family, Method, Sparsifier
+from rarefy.engine.options import check_flag
 from rarefy.engine.selection import named_modules
 from rarefy.errors import ModelError, OptionError
 from rarefy.metrics import flops
@@ -85,6 +86,10 @@ class SparseIFT(Method):
 
     def __post_init__(self) -> None:
         check_options(self.kind, self.sparsity, self.allocation, self.nonlinearity)
+        check_flag("dense_stem", self.dense_stem)
+        check_flag("match_flops", self.match_flops)
+        if not isinstance(self.mask_options, Mapping):
+            raise OptionError(f"mask_options={self.mask_options!r} must be a mapping, such as {{'every': 100}}.")
         if clash := [key for key in ("sparsity", "allocation") if key in self.mask_options]:
             raise OptionError(f"mask_options may not hold {', '.join(clash)}: the transformation decides it.")
         _check_masks(self._inner())

@@ -82,6 +82,8 @@ class StableRPS(Method):
 
     def __post_init__(self) -> None:
         check_fraction("sparsity", self.sparsity)
+        if isinstance(self.hash_seed, bool) or not isinstance(self.hash_seed, int):
+            raise OptionError(f"hash_seed={self.hash_seed!r} must be a whole number.")
         check_options(1 - self.sparsity, self.mapping, self.tile, self.scope, self.init_std, self.scaler, self.smallest)
 
     def model(self, build: Callable[[float], nn.Module], example: Any = None) -> nn.Module:

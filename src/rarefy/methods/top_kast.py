@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from rarefy.engine import Family, Sparsifier
 from rarefy.engine.distributed import from_first_rank
-from rarefy.engine.options import check_clock
+from rarefy.engine.options import check_positive, check_time
 from rarefy.engine.reserve import ReservingLayer, reserving
 from rarefy.engine.sharing import share
-from rarefy.errors import OptionError
 from rarefy.methods.dynamic import Rewiring
 from rarefy.methods.static import RandomStart
 from rarefy.schedules import Clock
@@ -67,12 +66,10 @@ class TopKAST(Rewiring, RandomStart):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.exploration, bool) or not self.exploration > 0:
-            raise OptionError(f"exploration={self.exploration!r} must be above 0.")
-        if isinstance(self.strength, bool) or not self.strength >= 0:
-            raise OptionError(f"strength={self.strength!r} must not be negative.")
+        check_positive("exploration", self.exploration)
+        check_positive("strength", self.strength, zero=True)
         if self.explore is not None:
-            check_clock(1, 0, self.explore)
+            check_time("explore", self.explore)
 
     def due(self, sparse: Sparsifier, step: int) -> bool:
         explore = (0.1 if sparse.total_steps else 0) if self.explore is None else self.explore

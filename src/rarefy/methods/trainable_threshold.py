@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.engine import Family, Method, Sparsifier
-from rarefy.engine.options import check_fraction
+from rarefy.engine.options import check_fraction, check_positive
 from rarefy.errors import OptionError
 from rarefy.nn import Reparametrisation, ThresholdMask
 
@@ -61,8 +61,7 @@ class TrainableThreshold(Method):
     collapse: float = 0.01
 
     def __post_init__(self) -> None:
-        if not self.alpha >= 0:
-            raise OptionError(f"alpha={self.alpha} must not be negative.")
+        check_positive("alpha", self.alpha, zero=True)
         check_fraction("collapse", self.collapse)
 
     def reparametrise(self, weight: nn.Parameter) -> Reparametrisation:

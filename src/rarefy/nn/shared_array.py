@@ -157,9 +157,9 @@ class SharedArray(nn.Module):
 
 def check_mapping(mapping: str, scaler: str) -> None:
     """Raise OptionError for an unknown mapping or scaler."""
-    if mapping not in MAPPINGS:
+    if not isinstance(mapping, str) or mapping not in MAPPINGS:
         raise OptionError(f"mapping={mapping!r} is not known{nearest(str(mapping), MAPPINGS)}; it is 'fold' or 'tile'.")
-    if scaler not in SCALERS:
+    if not isinstance(scaler, str) or scaler not in SCALERS:
         raise OptionError(
             f"scaler={scaler!r} is not known{nearest(str(scaler), SCALERS)}; it is one of {', '.join(SCALERS)}."
         )

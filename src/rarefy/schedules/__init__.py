@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rarefy.schedules.clock import Clock, Time, check_times
+from rarefy.schedules.clock import Clock, Time, check_time, check_times
 from rarefy.schedules.curves import CURVES, DECAYS, Curve, Decay, curve, decay
 from rarefy.schedules.retraining import RETRAININGS, retraining
 
@@ -14,6 +14,7 @@ __all__ = [
     "Curve",
     "Decay",
     "Time",
+    "check_time",
     "check_times",
     "curve",
     "decay",

@@ -113,15 +113,21 @@ def check_times(every: int, start: Time, stop: Time | None) -> None:
     """
     if not _is_count(every) or every < 1:
         raise OptionError(f"every is {every!r}; it must be a whole number of steps, 1 or more")
-    for name, time in (("start", start), ("stop", stop)):
-        fits = (_is_count(time) and time >= 0) if not isinstance(time, float) else 0.0 <= time <= 1.0
-        if not fits and not (name == "stop" and time is None):
-            raise OptionError(
-                f"{name} is {time!r}; it must be a whole number of steps (such as 500), "
-                "or a fraction of the run between 0.0 and 1.0"
-            )
+    check_time("start", start)
+    if stop is not None:
+        check_time("stop", stop)
     if stop is not None and isinstance(start, float) == isinstance(stop, float) and start > stop:
         raise OptionError(f"start is {start}, after stop, {stop}; move one of them")
+
+
+def check_time(name: str, time: object) -> None:
+    """Refuse what is neither a number of steps nor a fraction of a run; OptionError with the name."""
+    fits = 0.0 <= time <= 1.0 if isinstance(time, float) else _is_count(time) and time >= 0
+    if not fits:
+        raise OptionError(
+            f"{name} is {time!r}; it must be a whole number of steps (such as 500), or a fraction of the run between 0.0 and "
+            "1.0"
+        )
 
 
 def _is_count(value: object) -> TypeGuard[int]:

@@ -124,7 +124,7 @@ def curve(name: str) -> Curve:
         >>> [round(curve("cubic")(p / 4, 0.0, 0.9), 3) for p in range(5)]
         [0.0, 0.52, 0.787, 0.886, 0.9]
     """
-    if name not in CURVES:
+    if not isinstance(name, str) or name not in CURVES:
         raise OptionError(
             f"unknown sparsity curve {name!r}{nearest(str(name), CURVES)}; use one of {', '.join(CURVES)}"
         )
@@ -158,7 +158,7 @@ def decay(name: str, q: float = 3.0) -> Decay:
         >>> [decay("cosine")(0.3, p) for p in (0.0, 0.5, 1.0)]
         [0.3, 0.15, 0.0]
     """
-    if name not in DECAYS:
+    if not isinstance(name, str) or name not in DECAYS:
         raise OptionError(f"unknown decay {name!r}{nearest(str(name), DECAYS)}; use one of {', '.join(DECAYS)}")
     if not q > 0.0:
         raise OptionError(f"q is {q}; the exponent of the power decay must be above 0")

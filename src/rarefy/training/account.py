@@ -86,6 +86,9 @@ def save_masks(path: Path, masks: Mapping[str, Tensor]) -> None:
 
     bits = {name: kernels.pack_mask(mask.cpu().contiguous()) for name, mask in masks.items()}
     shapes = {name: json.dumps(list(mask.shape)) for name, mask in masks.items()}
+    shapes = shapes or {
+        "masks": "none"
+    }  # with nothing at all to write, safetensors writes a header that it cannot read
     with atomic_write(path) as file:
         file.write(save(bits, metadata=shapes))
 
