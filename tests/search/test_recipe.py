@@ -95,4 +95,6 @@ def test_batch_norms_are_measured_on_what_the_training_sees(monkeypatch: pytest.
     moved = (found != bare).flatten(1).any(dim=1)
     assert found.shape == bare.shape and moved.sum() > 50  # nearly all are flipped or shifted, in the same order
     black = bare.min()
-    assert all(set(a.unique().tolist()) <= {*b.unique().tolist(), float(black)} for a, b in zip(found, bare, strict=True))
+    assert all(
+        set(a.unique().tolist()) <= {*b.unique().tolist(), float(black)} for a, b in zip(found, bare, strict=True)
+    )
