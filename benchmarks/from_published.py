@@ -14,9 +14,9 @@ imp            the sparsity is reached in `--phases` prunings, each retrained fo
 soups          the same, but each retraining is shared by `--members` that are averaged
 soups-long     soups whose members each train as long as IMP does: `--members` times the steps
 
-Batch norms are measured anew at the end in every arm, on the same ten batches (with crops and flips). Accuracy is that of the last step on the test
-images; nothing is chosen by it. Training FLOPs are those of a sparse implementation, counted from the masks of every step.
-What is in `--out` is not computed again.
+Batch norms are measured anew at the end in every arm, on the same ten batches (with crops and flips). Accuracy is that of the
+last step on the test images; nothing is chosen by it. Training FLOPs are those of a sparse implementation, counted from the
+masks of every step. What is in `--out` is not computed again.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import rarefy
+from rarefy.errors import OptionError
 
 LOOKING = ("snip", "grasp", "synflow")
 MOVING = ("rigl", "snfs", "gse", "srigl", "dsr", "deep-r", "top-kast")
@@ -27,6 +28,13 @@ OPTIONS: dict[str, dict[str, object]] = {"deep-r": {"l1": 0.05}, "gse": {"scope"
 CASES = ("branches", "magnitude", *LOOKING, "compressed branches", "compressed magnitude")
 # DistributedDataParallel cannot follow a parameter whose length changes: of compressed layers only those that keep theirs
 CASES += (*MOVING, *(f"compressed {method}" for method in ("rigl", "gse", "deep-r", "top-kast")))
+RESIZING: dict[str, dict[str, object]] = {
+    **{method: {"every": 2} for method in ("dsr", "snfs", "srigl")},
+    "gse": {"every": 2, "scope": "global"},
+    "gradual": {"every": 2, "start": 1, "stop": 5},
+    "magnitude": {"start": 3},
+    "ac-dc": {"every": 2, "start": 0, "stop": 5},
+}
 
 
 class Branches(nn.Sequential):
@@ -44,6 +52,8 @@ def work(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     for case in (*CASES, *TRAINED):
         torch.save(train(rank, case), f"{folder}/{case}-{rank}.pt")
+    for method, options in RESIZING.items():
+        torch.save(refused(rank, method, options), f"{folder}/{method} resizes-{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
     os._exit(0)  # gloo's threads sometimes outlive the group, and abort where the interpreter is shut down under them
@@ -81,6 +91,26 @@ def train(rank: int, case: str) -> dict[str, dict[str, torch.Tensor]]:
     return {"masks": masks, "weights": model.state_dict()}
 
 
+def refused(rank: int, method: str, options: dict[str, object]) -> dict[str, object]:
+    """Train compressed layers until the method would change their length; what it said, and whether they are whole."""
+    torch.manual_seed(rank)
+    model = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 5))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
+    sparse = rarefy.sparsify(model, method, optimizer=optimizer, storage="compressed", sparsity=0.7, **options)
+    wrapped, said = DistributedDataParallel(model), ""
+    for _ in range(6):
+        x, before = torch.randn(8, 12), {name: layer.nnz for name, layer in sparse.layers.items()}
+        F.cross_entropy(wrapped(x), torch.randint(5, (8,))).backward()
+        try:
+            optimizer.step()
+        except OptionError as error:
+            said = str(error)
+            break
+        optimizer.zero_grad()
+    after = {name: layer.nnz for name, layer in sparse.layers.items()}
+    return {"said": said, "same": before == after}
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
@@ -95,3 +125,10 @@ def test_ranks_agree(case: str, results: Path) -> None:
         assert all(torch.equal(value, two[part][name]) for name, value in one[part].items())
     assert all(not one["weights"][name][~mask].any() for name, mask in one["masks"].items())
     assert not all(mask.all() for mask in one["masks"].values())
+
+
+@pytest.mark.parametrize("method", RESIZING)
+def test_compressed_layers_keep_their_length_where_ranks_train(method: str, results: Path) -> None:
+    one, two = (torch.load(results / f"{method} resizes-{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert one == two and one["same"]
+    assert "weights here instead of" in one["said"] and 'use storage="masked"' in one["said"]

@@ -86,17 +86,23 @@ def test_gradient_accumulation(tmp_path: Path) -> None:
     assert callback.sparse.step_count == 8 and masked_weights_are_zero(run.model, callback.sparse)
 
 
-def test_scores_are_trained_beside_the_weights_and_not_resumed_by_half(tmp_path: Path) -> None:
+@pytest.mark.parametrize("optim", ["adamw_torch", "sgd"])
+def test_what_is_trained_beside_the_weights_is_resumed_bit_for_bit(tmp_path: Path, optim: str) -> None:
     def movement() -> Any:
         return HFSparsityCallback("movement", sparsity=0.8, exclude=["*embeddings*", "classifier*"])
 
     callback = movement()
-    run = trainer(tmp_path, callback)
+    run = trainer(tmp_path, callback, optim=optim)
     names = [name for name, _ in run.model.named_parameters()]
     run.train()
-    assert callback.sparse.sparsity == pytest.approx(0.8, abs=0.01) and masked_weights_are_zero(
-        run.model, callback.sparse
-    )
+    assert callback.sparse.sparsity == pytest.approx(0.8, abs=0.01)
+    assert masked_weights_are_zero(run.model, callback.sparse)
     assert [name for name, _ in run.model.named_parameters()] == names
-    with pytest.raises(ValueError, match="parameter group"):  # this Trainer restores optimizers before it calls anyone
-        trainer(tmp_path, movement()).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    saved = torch.load(tmp_path / "checkpoint-4/optimizer.pt", weights_only=True)
+    assert sum(len(group["params"]) for group in saved["param_groups"]) == len(names)
+    again = movement()
+    second = trainer(tmp_path, again, optim=optim)
+    second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert again.sparse.step_count == 8 and again.sparse.events == callback.sparse.events
+    for (name, a), b in zip(run.model.named_parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(a, b), name

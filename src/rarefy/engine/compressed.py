@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from rarefy import kernels
 from rarefy.engine import conversion
 from rarefy.engine.dense_gradient import DenseGradient
-from rarefy.engine.distributed import active, from_first_rank
+from rarefy.engine.distributed import active, check_length, from_first_rank
 from rarefy.engine.factors import Factors
 from rarefy.engine.layer import Change, Layer
 from rarefy.engine.loading import AfterLoad
@@ -223,6 +223,7 @@ class CompressedLayer(Layer):
     def _keep(self, new: Tensor) -> Change:
         if self._attached:
             old = self._kept()
+            check_length(self.name, old.numel(), new.numel())
             move = self._sparse.rewire_(new)
             self._optimizers.follow(self._sparse.values, old.numel(), move.carry)
             self._ever = union(old if self._ever is None else self._ever.to(new.device), new)

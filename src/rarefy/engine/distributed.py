@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rarefy.errors import OptionError
+
 
 def active() -> bool:
     """Whether this process is one of several in an initialised process group."""
@@ -37,3 +39,15 @@ def on_any_rank(flag: bool, device: torch.device) -> bool:
     found = torch.tensor(int(flag), device=device)
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
     return bool(found)
+
+
+def check_length(name: str, old: int, new: int) -> None:
+    """Refuse that a parameter gets another length while ranks train together.
+
+    DistributedDataParallel copies gradients into buckets that it laid out when it wrapped the model.
+    """
+    if new != old and active():
+        raise OptionError(
+            f"{name}: the method would keep {new} weights here instead of {old}, and DistributedDataParallel cannot follow a "
+            'compressed parameter whose length changes: use storage="masked", or a method whose layers keep their numbers.'
+        )

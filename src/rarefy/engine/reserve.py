@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rarefy import kernels
 from rarefy.engine.compressed import CompressedLayer
-from rarefy.engine.distributed import active, from_first_rank
+from rarefy.engine.distributed import active, check_length, from_first_rank
 from rarefy.engine.layer import Change, Layer
 from rarefy.engine.masked import MaskedLayer
 from rarefy.engine.optimizer_state import Optimizers
@@ -243,6 +243,7 @@ class ReservingCompressedLayer(CompressedLayer, ReservingLayer):
             self._chosen = held
         else:
             whole, old = self.theta().view(-1), self._held().numel()
+            check_length(self.name, old, held.numel())
             move = self._sparse.rewire_(held)
             self._optimizers.follow(self._sparse.values, old, move.carry)
             self._sparse.values.copy_(whole[held] * used)

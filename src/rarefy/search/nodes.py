@@ -50,6 +50,8 @@ def hidden_layers(model: nn.Module) -> list[HiddenLayer]:
     A node passes through batch norms and functions of single nodes or channels (activations, dropout, pooling, flatten) to
     Linear or ungrouped Conv layers. Where it meets anything else on its way (an addition, an output), its layer is no hidden
     one: input and output nodes, and those of a residual stream, are never removed.
+    Units of a `rarefy.coupling.Group` are something else: they may change places, behind a LayerNorm too, where removing one
+    changes what the others are normalised to.
 
     Raises ModelError where torch.fx cannot trace the model, or no layer is hidden.
     """
