@@ -151,7 +151,7 @@ def _print(found: Comparison, shape: str) -> None:
         console.print(Text(f"not modelled: {missing}", style="yellow"), soft_wrap=True)
     console.print(
         f"{found.speedup:.2f} times as fast as dense training ({found.product_speedup:.2f} if passes over data are hidden "
-        f"behind products; {found.bound:.2f} at most by multiply-adds); {run.seconds:.3f} s a step, {run.utilisation:.1%} of "
+        f"behind products; {found.bound:.2f} by multiply-adds alone); {run.seconds:.3f} s a step, {run.utilisation:.1%} of "
         f"the array used.\nA model's cycles, no measurement. Energy: multiply-adds and vector operations at "
         f"{array.energy_mac:g}, bytes of memory at {array.energy_byte:g} each; a proxy.", highlight=False, soft_wrap=True,
     )  # fmt: skip

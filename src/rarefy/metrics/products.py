@@ -202,4 +202,6 @@ class Recorder(Tally):
         made = [t for t in results if in_place or _storage(t) not in places]
         if data and made:
             read, grad = sum(t.numel() for t in data), any(t.requires_grad for t in data)
-            self.steps.append(Pass(self.where, op, read, sum(t.numel() for t in made), grad))
+            self.steps.append(
+                Pass(self.where, op, read, max(t.numel() for t in made), grad)
+            )  # without saved statistics

@@ -128,9 +128,9 @@ def _dense_because(p: Product, pattern: NM, dense: Iterable[str], ends: tuple[bo
     if any(fnmatchcase(p.name, glob) for glob in dense):
         return "asked to stay dense"
     if ends[0]:
-        return "reads the network's input"
+        return "first layer: no gradient goes on to its input"
     if ends[1]:
-        return "gives the network's output"
+        return "last layer"
     if p.groups > 1 and p.inputs == 1:
         return "depthwise: no sum over channels"
     sides = (("inputs", p.inputs), ("outputs", p.columns))
@@ -142,11 +142,13 @@ def _gemms(p: Product, pattern: NM, pruned: Collection[Stage]) -> tuple[Gemm, ..
     def kept(stage: Stage) -> tuple[int, int]:  # N = M keeps everything: nothing to select, no indices
         return (pattern.n, pattern.m) if stage in pruned and pattern.n < pattern.m else (1, 1)
 
-    found = [Gemm("FF", p.rows, p.reduction, p.columns, p.groups, *kept("FF"), p.read, p.right, p.written)]
+    read = min(p.read, p.groups * p.rows * p.reduction)  # a stride beyond the kernel leaves pixels out
+    found = [Gemm("FF", p.rows, p.reduction, p.columns, p.groups, *kept("FF"), read, p.right, p.written)]
     if p.input_gradient:
-        # rows are the output pixels at any stride: zeros between them would be multiplied for nothing
+        # Rows are the output pixels at any stride s: zeros between them would be multiplied for nothing. It is done as
+        # s x s products, one for each place of an input pixel modulo the stride; their reductions add up to this one.
         back = p.columns * p.positions
-        found.append(Gemm("BP", p.rows, back, p.inputs, p.groups, *kept("BP"), p.written, p.right, p.read))
+        found.append(Gemm("BP", p.rows, back, p.inputs, p.groups, *kept("BP"), p.written, p.right, read))
     if p.weight_gradient:
-        found.append(Gemm("WU", p.reduction, p.rows, p.columns, p.groups, 1, 1, p.read, p.written, p.right))
+        found.append(Gemm("WU", p.reduction, p.rows, p.columns, p.groups, 1, 1, read, p.written, p.right))
     return tuple(found)

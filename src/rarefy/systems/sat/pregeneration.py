@@ -23,7 +23,7 @@ from rarefy.systems.sat.gemms import Gemm, Layer
 from rarefy.systems.sat.memory import HALF
 
 STATE = 16  # bytes of a weight's update: FP32 master and momentum, read and written
-UPDATE_OPS = 4  # weight decay, momentum, learning rate, cast
+UPDATE_OPS = 4  # vector operations of `update_weights`: weight decay, momentum, learning rate, cast
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,47 @@ def pack(matrix: NDArray[np.floating], n: int, m: int) -> Packed:
     places = np.argsort(~kept, axis=1, kind="stable")[:, :n]
     values = np.take_along_axis(half.reshape(kept.shape), places, axis=1)
     return Packed(values, places.astype(np.uint8), m)
+
+
+def ff_matrix(weight: NDArray[np.floating]) -> NDArray[np.floating]:
+    """Return a weight [Co, Ci, *kernel] as FF reads it, [kernel * Ci, Co]: neighbours along the sum are input channels."""
+    return np.moveaxis(weight, (0, 1), (-1, -2)).reshape(-1, weight.shape[0])
+
+
+def bp_matrix(weight: NDArray[np.floating]) -> NDArray[np.floating]:
+    """Return a weight [Co, Ci, *kernel] as BP reads it, [kernel * Co, Ci]: neighbours along the sum are output channels."""
+    return ff_matrix(np.swapaxes(weight, 0, 1))
+
+
+@dataclass(frozen=True)
+class Updated:
+    """A layer after its update: FP32 weights and momentum [Co, Ci, *kernel], and the copies of the next FF and BP."""
+
+    weight: NDArray[np.float32]
+    momentum: NDArray[np.float32]
+    forward: Packed
+    backward: Packed
+
+
+def update_weights(
+    weight: NDArray[np.float32],
+    momentum: NDArray[np.float32],
+    gradient: NDArray[np.float32],
+    *,
+    lr: float,
+    mu: float = 0.9,
+    decay: float = 0.0,
+    n: int,
+    m: int,
+) -> Updated:
+    """Do what WUVE and SORE do: SGD in four FP32 vector operations, then both packed copies from the same new weights.
+
+    g = dW + decay w; v = mu v + g; w = w - lr v; FP16(w): the `UPDATE_OPS` that are counted.
+    """
+    moved = np.float32(mu) * momentum + (gradient + np.float32(decay) * weight)
+    new = weight - np.float32(lr) * moved
+    half = new.astype(np.float16)
+    return Updated(new, moved, pack(ff_matrix(half), n, m), pack(bp_matrix(half), n, m))
 
 
 @dataclass(frozen=True)

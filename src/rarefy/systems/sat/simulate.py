@@ -120,7 +120,7 @@ def simulate(
     >>> net = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
     >>> sparse = simulate(net, torch.zeros(512, 64), "2:8")
     >>> [layer.dense_because for layer in sparse.layers]
-    ["reads the network's input", None, "gives the network's output"]
+    ['first layer: no gradient goes on to its input', None, 'last layer']
     """
     return _simulate(work(model, example_input), read_pattern(pattern), accelerator or Accelerator(), stages, pregenerate,
                      tuple(dense), ends)  # fmt: skip
@@ -171,7 +171,7 @@ class Comparison:
 
     @property
     def bound(self) -> float:
-        """Dense multiply-adds over those left: what no schedule can beat while the array is the limit."""
+        """Dense multiply-adds over those left: the speed-up of arrays that are never idle and never wait."""
         return self.dense.macs / self.sparse.macs
 
 
