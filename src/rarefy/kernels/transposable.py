@@ -7,6 +7,7 @@ from torch import Tensor
 
 from rarefy.errors import OptionError
 from rarefy.kernels import transposable_torch
+from rarefy.kernels.native import native, threads
 
 SOLVERS = ("fast", "exact", "approx")
 LARGEST_M = 32
@@ -40,20 +41,34 @@ def transposable_nm(scores: Tensor, n: int, m: int, solver: str = "fast") -> Ten
     if scores.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         raise OptionError(f"transposable_nm takes floating-point scores; these are {scores.dtype}")
     scores = scores.detach()
-    wrong = scores.isnan() | (scores == torch.inf)
-    if bool(wrong.any()):
-        raise _not_finite(scores, wrong)
+    if n in (0, m) or scores.numel() == 0:
+        _check_numbers(scores)
+        return torch.full(scores.shape, n > 0, dtype=torch.bool, device=scores.device)
+    if scores.device.type == "cpu":
+        wide = scores if scores.dtype == torch.float64 else scores.float()
+        planes = wide.reshape(*wide.shape[:2], -1).contiguous()
+        mask = torch.empty(planes.shape, dtype=torch.bool)
+        if not native.transposable(planes.numpy(), n, m, solver, mask.view(torch.uint8).numpy(), threads()):
+            _check_numbers(scores)
+        return mask.view(scores.shape)
+    _check_numbers(scores)
+    return solve_in_torch(scores, n, m, solver)
+
+
+def solve_in_torch(scores: Tensor, n: int, m: int, solver: str = "fast") -> Tensor:
+    """Solve with PyTorch's own operators, on any device; scores as `transposable_nm` takes them, checked."""
     rows, columns = scores.shape[:2]
     tiles = scores.reshape(rows // m, m, columns // m, m, -1).permute(0, 2, 4, 1, 3)
-    flat = tiles.reshape(-1, m, m)
     solve = transposable_torch.prune_cover if solver == "approx" else transposable_torch.optimum
-    mask = torch.cat([solve(part, n) for part in flat.split(max(1, _AT_ONCE // m**3))]) if len(flat) else flat.bool()
+    mask = torch.cat([solve(part, n) for part in tiles.reshape(-1, m, m).split(max(1, _AT_ONCE // m**3))])
     return mask.view(tiles.shape).permute(0, 3, 1, 4, 2).reshape(scores.shape)
 
 
-def _not_finite(scores: Tensor, wrong: Tensor) -> OptionError:
-    where = int(wrong.reshape(-1).nonzero()[0])
-    what = "NaN" if bool(scores.isnan().any()) else "infinity"
-    return OptionError(
-        f"scores hold {what} (the first at position {where} of {scores.numel()}): the loss or a weight has diverged"
-    )
+def _check_numbers(scores: Tensor) -> None:
+    wrong = scores.isnan() | (scores == torch.inf)
+    if bool(wrong.any()):
+        where = int(wrong.reshape(-1).nonzero()[0])
+        what = "NaN" if bool(scores.isnan().any()) else "infinity"
+        raise OptionError(
+            f"scores hold {what} (the first at position {where} of {scores.numel()}): the loss or a weight has diverged"
+        )

@@ -102,7 +102,7 @@ def _move_one(q: Tensor, kept: Tensor, n: int) -> Tensor:
 def prune_cover(tiles: Tensor, n: int) -> Tensor:
     """Prune the lightest first wherever a row or a column still has to lose weights, then fill what is short."""
     count, m = tiles.shape[:2]
-    flat = tiles.reshape(count, m * m)
+    flat = whole_numbers(tiles).view(count, m * m)
     order = flat.argsort(dim=1, stable=True)
     kept = torch.ones_like(flat, dtype=torch.bool)
     rows, columns = (torch.full((count, m), m, device=tiles.device) for _ in range(2))
