@@ -40,3 +40,4 @@ void bind_block(nb::module_& m);
 void bind_lowp(nb::module_& m);
 void bind_probe(nb::module_& m);
 void bind_simplex(nb::module_& m);
+void bind_n_m(nb::module_& m);

@@ -86,4 +86,5 @@ NB_MODULE(_native, m) {
     bind_lowp(m);
     bind_probe(m);
     bind_simplex(m);
+    bind_n_m(m);
 }
