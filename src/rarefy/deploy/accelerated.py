@@ -272,8 +272,8 @@ def _plain(model: nn.Module) -> None:
     for module in [m for m in model.modules() if isinstance(m, SparseModule)]:
         if module.rows * module.cols <= LARGEST:
             decompress(module, Optimizers([]))
-    for module in [m for m in model.modules() if isinstance(m, NMLinear)]:
-        module.dense_()
+    for layer in [m for m in model.modules() if isinstance(m, NMLinear)]:
+        layer.dense_()
 
 
 def _zeros(example: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> tuple[Tensor, ...]:

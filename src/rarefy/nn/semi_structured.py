@@ -38,10 +38,14 @@ class SemiStructuredLinear(nn.Linear):
     reason: str | None
     _cache: tuple[Seen, dict[torch.dtype, Any]]
 
-    def _begin(self, mask: Tensor, transposable: bool, gradient: str) -> None:
-        self.register_buffer("mask", mask)
-        self.transposable, self.gradient, self.reason = transposable, gradient, None
-        self._cache = (Seen(), {})
+    @staticmethod
+    def become(module: nn.Linear, mask: Tensor, transposable: bool, gradient: str) -> None:
+        """Make a layer that was found to fit one of these, in place."""
+        module.__class__ = SemiStructuredLinear
+        assert isinstance(module, SemiStructuredLinear)
+        module.register_buffer("mask", mask)
+        module.transposable, module.gradient, module.reason = transposable, gradient, None
+        module._cache = (Seen(), {})
 
     @torch.no_grad()
     def set_mask_(self, mask: Tensor) -> None:
@@ -148,6 +152,5 @@ def semi_structured_(
         else:
             verdicts[name] = semi_structured.reason_against(weight.to(dtype or weight.dtype), mask, both=transposable)
         if verdicts[name] is None:
-            module.__class__ = SemiStructuredLinear
-            module._begin(mask, transposable, gradient)  # type: ignore[attr-defined]
+            SemiStructuredLinear.become(module, mask, transposable, gradient)
     return verdicts
