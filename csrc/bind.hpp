@@ -41,3 +41,4 @@ void bind_lowp(nb::module_& m);
 void bind_probe(nb::module_& m);
 void bind_simplex(nb::module_& m);
 void bind_transposable(nb::module_& m);
+void bind_n_m(nb::module_& m);

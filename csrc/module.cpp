@@ -87,4 +87,5 @@ NB_MODULE(_native, m) {
     bind_probe(m);
     bind_simplex(m);
     bind_transposable(m);
+    bind_n_m(m);
 }

@@ -15,6 +15,7 @@ from rarefy import models
 from rarefy.deploy import AcceleratedModel, LayerPlan
 from rarefy.deploy.measure import Memory, fingerprint, race
 from rarefy.errors import ModelError, OptionError
+from rarefy.patterns import NM
 
 
 @pytest.fixture(autouse=True)
@@ -250,6 +251,34 @@ def test_bfloat16_products_compete_where_they_are_allowed(residual: bool) -> Non
     assert ways == {"conv": ["native", "native bfloat16"], "linear": ["native", "native bfloat16"]}
     fast = rarefy.accelerate(model, x, dtype=torch.bfloat16)
     assert float((fast(x) - model(x)).abs().max()) <= 3e-2 * float(model(x).abs().max())
+
+
+def test_n_m_layers_have_a_kernel_of_their_own_to_choose() -> None:
+    from rarefy.deploy.graph import trace
+    from rarefy.deploy.lower import in_torch, native_layers
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 32))
+    masks = {name: NM(2, 8).project(model[int(name)].weight.detach().abs(), 2) for name in ("0", "2")}
+    rarefy.nn.n_m_(model, {"0": masks["0"]}, 2, 8, transposable=False)
+    with torch.no_grad():
+        model[2].weight.mul_(torch.rand(32, 48) < 0.25)  # as sparse, but not N:M
+    x = torch.randn(3, 5, 64)
+    fast = rarefy.accelerate(model, x)
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
+    assert type(model[0]) is rarefy.nn.NMLinear and type(fast.model[0]) is nn.Linear
+    values, ways = x, []
+    for step in trace(fast.model).steps:
+        out = in_torch(step)(values)
+        layers = native_layers(step, [values], out, 1)
+        if step.kind == "linear":
+            ways.append([*layers])
+        for layer in layers.values():
+            found = torch.full_like(out, torch.nan)
+            layer.run([values.numpy()], found.numpy(), 3, 1)
+            torch.testing.assert_close(found, out, rtol=1e-4, atol=1e-5)
+        values = out
+    assert ways == [["native", "native n:m"], ["native"]]
 
 
 @pytest.mark.parametrize("name", ["vit", "gpt"])

@@ -19,7 +19,7 @@ from rarefy.engine.conversion import decompress
 from rarefy.engine.optimizer_state import Optimizers
 from rarefy.errors import ModelError, OptionError
 from rarefy.kernels import threads
-from rarefy.nn import SparseModule
+from rarefy.nn import NMLinear, SparseModule
 
 LARGEST = 1 << 28  # entries (1 GB): compressed layers whose dense weight would be larger stay on their own operators
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
@@ -268,10 +268,12 @@ def _dense_runner(name: str, model: nn.Module, example: tuple[Tensor, ...], dtyp
 
 
 def _plain(model: nn.Module) -> None:
-    """Give layers that hold kept values only their dense weights, in place: tracing, packing and dense rivals want them."""
+    """Give layers that compute with kept values only plain dense weights, in place, for tracing, packing and dense rivals."""
     for module in [m for m in model.modules() if isinstance(m, SparseModule)]:
         if module.rows * module.cols <= LARGEST:
             decompress(module, Optimizers([]))
+    for layer in [m for m in model.modules() if isinstance(m, NMLinear)]:
+        layer.dense_()
 
 
 def _zeros(example: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> tuple[Tensor, ...]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rarefy.deploy.graph import Step
 from rarefy.errors import OptionError
-from rarefy.kernels import lowp, planes, sparse_layers
+from rarefy.kernels import lowp, n_m, planes, sparse_layers
 
 Run = Callable[..., Tensor]
 ACTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -64,11 +64,14 @@ def native_layers(
 ) -> dict[str, planes.Layer]:
     """Return the native ways to run the step on inputs and an output of these shapes, by name; none where there is none.
 
-    With bfloat16 allowed, sparse products come in both precisions; inputs and output are float32 in any case.
+    A linear layer that keeps N in every run of M inputs has a kernel of its own beside the unstructured one. With bfloat16
+    allowed, sparse products come in both precisions; inputs and output are float32 in any case.
     """
     if not all(_plain(t) for t in (*inputs, out)) or any(t.shape[0] != out.shape[0] for t in inputs):
         return {}
-    makers = {"native": _make} | ({"native bfloat16": _make_low} if dtype == torch.bfloat16 else {})
+    makers = {"native": _make, "native n:m": _make_n_m}
+    if dtype == torch.bfloat16:
+        makers["native bfloat16"] = _make_low
     layers = {}
     for name, make in makers.items():
         try:
@@ -151,6 +154,15 @@ def _make(step: Step, inputs: Sequence[Tensor], out: Tensor, threads: int) -> pl
     if step.kind == "concat":
         return planes.concat([math.prod(t.shape[1:]) for t in inputs])
     return None
+
+
+def _make_n_m(step: Step, inputs: Sequence[Tensor], out: Tensor, threads: int) -> planes.Layer | None:
+    """A linear step whose weight is N:M for any M that divides 16."""
+    o = step.options
+    if step.kind != "linear" or (steps := n_m.n_m_steps(o["weight"] != 0)) is None:
+        return None
+    tokens = math.prod(inputs[0].shape[1:-1])
+    return n_m.n_m_linear_layer(o["weight"], o["bias"], tokens=tokens, act=o.get("act", "none"), steps=steps)
 
 
 def _make_low(step: Step, inputs: Sequence[Tensor], out: Tensor, threads: int) -> planes.Layer | None:

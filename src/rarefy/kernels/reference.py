@@ -158,3 +158,58 @@ def sparse_conv2d_values_gradient(
     """x, dy -> [nnz]: the dense weight's gradient where it is kept."""
     dense = grad.conv2d_weight(x, tuple(weight_shape), dy, stride, padding, dilation, groups)
     return dense.reshape(weight_shape[0], -1)[rows_of(crow, col.shape[0]), col.long()]
+
+
+# --- N:M weights in tiles of 16 x 16 (csrc/n_m.hpp): values [R, C, steps, 16], index [R, C, lines, 16], used [R, C, steps] ----
+
+
+def n_m_places(index: Tensor) -> tuple[Tensor, Tensor]:
+    """Return row and column in the dense weight of every place, int64 [R, C, 4 lines, 16]; some lie beyond its edges."""
+    shifts = torch.arange(0, 16, 4, device=index.device).view(4, 1)
+    inputs = (index.long()[:, :, :, None] >> shifts & 15).flatten(2, 3)
+    r, c, _, lanes = (torch.arange(size, device=index.device) for size in inputs.shape)
+    rows = (16 * r.view(-1, 1, 1, 1) + lanes).expand(inputs.shape)
+    return rows, 16 * c.view(1, -1, 1, 1) + inputs
+
+
+def n_m_used(used: Tensor) -> Tensor:
+    """Return whether each place holds a weight, bool [R, C, steps, 16]."""
+    return (used.int()[..., None] >> torch.arange(16, device=used.device) & 1).bool()
+
+
+def n_m_mask(index: Tensor, used: Tensor, out_features: int, in_features: int) -> Tensor:
+    """Return the mask, bool [out, in]."""
+    return n_m_scatter(n_m_used(used).float(), index, used, out_features, in_features) != 0
+
+
+def n_m_gather(weight: Tensor, index: Tensor, used: Tensor) -> Tensor:
+    """weight [out, in] -> values: the weight's entry at every place that is used, zero elsewhere."""
+    rows, cols = (place[:, :, : used.shape[2]] for place in n_m_places(index))
+    kept = n_m_used(used)
+    return torch.where(kept, weight[torch.where(kept, rows, 0), torch.where(kept, cols, 0)], 0)
+
+
+def n_m_scatter(values: Tensor, index: Tensor, used: Tensor, out_features: int, in_features: int) -> Tensor:
+    """values -> weight [out, in]: the other way, zeros where nothing is kept."""
+    rows, cols = (place[:, :, : used.shape[2]] for place in n_m_places(index))
+    kept = n_m_used(used)
+    weight = values.new_zeros(out_features, in_features)
+    weight[rows[kept], cols[kept]] = values[kept]
+    return weight
+
+
+def n_m_linear(
+    x: Tensor, values: Tensor, index: Tensor, used: Tensor, bias: Tensor | None, out_features: int
+) -> Tensor:
+    """x [n, in] -> [n, out], with the weight made dense."""
+    return torch.nn.functional.linear(x, n_m_scatter(values, index, used, out_features, x.shape[1]), bias)
+
+
+def n_m_input_gradient(dy: Tensor, values: Tensor, index: Tensor, used: Tensor, in_features: int) -> Tensor:
+    """dy [n, out] -> dx [n, in], with the weight made dense."""
+    return dy @ n_m_scatter(values, index, used, dy.shape[1], in_features)
+
+
+def n_m_values_gradient(x: Tensor, dy: Tensor, index: Tensor, used: Tensor) -> Tensor:
+    """x, dy -> [R, C, steps, 16]: the dense weight's gradient where it is kept."""
+    return n_m_gather(dy.t() @ x, index, used)

@@ -8,7 +8,9 @@ from rarefy.nn.iso_flop import IsoFlop, iso_flop_
 from rarefy.nn.iso_flop_layers import Doped, Parallel
 from rarefy.nn.linear import SparseLinear
 from rarefy.nn.module import SparseModule
+from rarefy.nn.n_m import NMLinear, n_m_
 from rarefy.nn.reparametrisation import Reparametrisation, ScoreMask, ThresholdMask, bake_
+from rarefy.nn.semi_structured import SemiStructuredLinear, semi_structured_
 from rarefy.nn.share import share_, unshare_
 from rarefy.nn.shared_array import SharedArray
 from rarefy.nn.shared_layers import SharedConv2d, SharedEmbedding, SharedLinear, SharedModule
@@ -21,9 +23,11 @@ __all__ = [
     "HeldMask",
     "IsoFlop",
     "LargestMask",
+    "NMLinear",
     "Parallel",
     "Reparametrisation",
     "ScoreMask",
+    "SemiStructuredLinear",
     "SharedArray",
     "SharedConv2d",
     "SharedEmbedding",
@@ -35,6 +39,8 @@ __all__ = [
     "ThresholdMask",
     "bake_",
     "iso_flop_",
+    "n_m_",
+    "semi_structured_",
     "share_",
     "unshare_",
     "widen_",
