@@ -1,4 +1,4 @@
-"""ASP is magnitude pruning on N:M groups, N:M RigL is RigL on them; both leave what does not fit. And BDWP's training."""
+"""ASP is magnitude pruning on N:M groups, N:M RigL is RigL on them; all leave what does not fit. T-mask and BDWP by hand."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rarefy.errors import OptionError, PatternError
 from rarefy.methods import make
 from rarefy.metrics import flops, training_flops
 from rarefy.models import build
-from rarefy.patterns import NM
+from rarefy.patterns import NM, parse_pattern
 from tests.engine.common import assert_sparse, backward, mlp
 
 
@@ -53,6 +53,38 @@ def test_asp_is_dense_until_it_prunes_and_then_holds_the_mask() -> None:
     masks = sparse.masks()
     train(model, pairs[0][1], range(6, 12))
     assert all(torch.equal(mask, masks[name]) for name, mask in sparse.masks().items())
+
+
+@pytest.mark.parametrize("refine", [0.0, 0.3])
+def test_t_mask_is_straight_through_with_one_mask_for_k_steps(refine: float) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 8, bias=False), nn.Tanh(), nn.Linear(8, 8, bias=False)).double()
+    weights = [model[i].weight.detach().clone() for i in (0, 2)]
+    cut = parse_pattern("2:4t")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    sparse = rarefy.sparsify(model, "t-mask", pattern="2:4t", every=3, refine=refine, optimizer=optimizer)
+    seen = set()
+    for step in range(12):
+        if step % 3 == 0:
+            masks = [cut.project(w.abs(), 8) for w in weights]
+            seen.add(tuple(masks[0].flatten().tolist()))
+        x = torch.randn(6, 16, generator=torch.Generator().manual_seed(step)).double()
+        forward = [(w * s).requires_grad_() for w, s in zip(weights, masks, strict=True)]
+        loss = (torch.tanh(x @ forward[0].T) @ forward[1].T - 1).square().sum()
+        gradients = torch.autograd.grad(loss, forward)  # dx goes through the masked weights too
+        optimizer.zero_grad()
+        (model(x) - 1).square().sum().backward()
+        for i, name in enumerate(("0.weight", "2.weight")):
+            assert torch.equal(sparse.layers[name].mask(), masks[i])
+            tiles = masks[i].view(masks[i].shape[0] // 4, 4, masks[i].shape[1] // 4, 4)
+            assert (tiles.sum(1) == 2).all() and (tiles.sum(3) == 2).all(), "N in every row and column"
+        optimizer.step()
+        weights = [w - 0.02 * (g + refine * w * ~s) for w, g, s in zip(weights, gradients, masks, strict=True)]
+        for i, name in enumerate(("0.weight", "2.weight")):
+            torch.testing.assert_close(sparse.layers[name].trained(), weights[i], rtol=1e-10, atol=1e-12)
+    assert len(seen) > 1
+    with pytest.raises(OptionError, match="kind TransposableNM"):
+        make("t-mask", pattern="2:4")
 
 
 @pytest.mark.parametrize("method", ["asp", "nm-rigl", "bdwp"])

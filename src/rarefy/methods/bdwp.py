@@ -63,18 +63,20 @@ class BDWP(Refined):
         super().__post_init__()
         if self.mode not in MODES:
             raise OptionError(f"mode={self.mode!r} must be one of {', '.join(MODES)}.")
-        if self._along(1) != self.cut:
-            raise OptionError(
-                f"pattern={str(self.pattern)!r}: {self.name} prunes along both dimensions: give N:M alone."
-            )
+        if self._there.dim > 1:
+            raise OptionError(f"pattern={str(self.pattern)!r}: {self.name} prunes along inputs and outputs only.")
 
-    def _along(self, dim: int) -> NM:
+    @property
+    def _there(self) -> NM:
         assert isinstance(self.cut, NM)
-        return NM(self.cut.n, self.cut.m, dim)
+        return self.cut
+
+    @property
+    def _back(self) -> NM:
+        return replace(self._there, dim=1 - self._there.dim)
 
     def must_fit(self) -> tuple[Pattern, ...]:
-        dims = {"both": (1, 0), "ff": (1,)}.get(self.mode, (0,))
-        return tuple(self._along(dim) for dim in dims)
+        return {"both": (self._there, self._back), "ff": (self._there,)}.get(self.mode, (self._back,))
 
     def leaves(self, target: Target) -> str | None:
         return _other_kind(target.module) or super().leaves(target)
@@ -91,9 +93,9 @@ class BDWP(Refined):
             return LargestMask(self._there, self._there.n)
         if self.mode == "both":
             return TwoWayMask(forward=self._there, backward=self._back)
-        return (
-            TwoWayMask(backward=self._back) if self.mode == "bp_w" else TwoWayMask(errors=replace(self._there, dim=1))
-        )
+        if self.mode == "bp_w":
+            return TwoWayMask(backward=self._back)
+        return TwoWayMask(errors=replace(self._there, dim=1))
 
 
 def _other_kind(module: nn.Module) -> str | None:
