@@ -23,6 +23,9 @@ TRAINED: dict[str, dict[str, object]] = {  # masks that follow from trained tens
     "trainable-threshold": {"alpha": 0.1},
     "lottery-jackpots": {"sparsity": 0.7},
     "sr-ste": {"pattern": "1:4", "refine": 0.01},
+    "pgf": {"pattern": "1:4", "recipe": "sdgf-stepwise", "start": 1, "stop": 5},
+    "bdwp": {"pattern": "2:4"},
+    "t-mask": {"pattern": "2:4t", "every": 2},
 }
 OPTIONS: dict[str, dict[str, object]] = {"deep-r": {"l1": 0.05}, "gse": {"scope": "layer"}}
 CASES = ("branches", "magnitude", *LOOKING, "compressed branches", "compressed magnitude")

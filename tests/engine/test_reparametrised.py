@@ -27,7 +27,18 @@ METHODS: dict[str, dict[str, Any]] = {
     "lottery-jackpots": dict(sparsity=0.8, stop=0.6),
     "ste": dict(pattern="1:4"),
     "sr-ste": dict(pattern="2:4", refine=0.05),
+    "pgf mdgf": dict(pattern="1:4", recipe="mdgf-linear", coefficient=0.125),
+    "pgf sdgf": dict(pattern="1:4", recipe="sdgf-stepwise"),
+    "t-mask": dict(pattern="2:4t", every=3, refine=0.05),
+    "bdwp": dict(pattern="2:4", refine=0.05),
+    "bdwp bp_g": dict(pattern="1:4", mode="bp_g"),
 }
+BOTH_WAYS = ("t-mask", "bdwp")  # they leave the last layer: its 5 outputs are no multiple of 4
+
+
+def named(case: str) -> str:
+    """The method of a case."""
+    return case.partition(" ")[0]
 
 
 def make(
@@ -35,7 +46,11 @@ def make(
 ) -> tuple[nn.Sequential, torch.optim.Optimizer, Sparsifier]:
     model = mlp(seed)
     made = getattr(torch.optim, optimizer)(model.parameters(), **{"lr": 0.02, **kwargs})
-    return model, made, rarefy.sparsify(model, method, optimizer=made, total_steps=20, seed=seed, **METHODS[method])
+    return (
+        model,
+        made,
+        rarefy.sparsify(model, named(method), optimizer=made, total_steps=20, seed=seed, **METHODS[method]),
+    )
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
@@ -84,7 +99,9 @@ def test_trains_under_every_optimizer_and_leaves_it_as_it_was(name: str, method:
             assert int(mask.sum()) == layer.nnz
     assert all(not torch.equal(a, b) for a, b in zip(start, extras, strict=True)), "extras were not trained"
     assert 0 <= sparse.sparsity < 1
-    if name != "Adafactor":  # its steps are relative to the size of a parameter, and scores begin at 0
+    if (
+        name != "Adafactor" and method != "bdwp bp_g"
+    ):  # its steps are relative to the size of a parameter, and scores begin at 0
         assert sparse.sparsity > 0
     assert_left_clean(model, optimizer, sparse)
 
@@ -199,7 +216,7 @@ def test_schedulers_made_before_or_after_hold_for_what_joined(method: str) -> No
         )
         rule = lambda step: 0.5**step  # noqa: E731
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rule) if early else None
-        sparse = rarefy.sparsify(model, method, optimizer=optimizer, total_steps=20, **METHODS[method])
+        sparse = rarefy.sparsify(model, named(method), optimizer=optimizer, total_steps=20, **METHODS[method])
         scheduler = scheduler or torch.optim.lr_scheduler.LambdaLR(optimizer, rule)
         guests = sum(len(layer.extras) for layer in sparse.layers.values())  # one a layer, or none
         assert [len(group["params"]) for group in optimizer.param_groups] == [2 + guests // 3, 6 + guests * 2 // 3]
@@ -255,7 +272,7 @@ def test_lbfgs_sees_extras_and_penalty_in_its_closure(method: str) -> None:
     model = mlp()
     optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3)
     optimizer.step(lambda: backward(model, 0))  # its history is of another length from here on
-    sparse = rarefy.sparsify(model, method, optimizer=optimizer, total_steps=20, **METHODS[method])
+    sparse = rarefy.sparsify(model, named(method), optimizer=optimizer, total_steps=20, **METHODS[method])
     start = {n: e.detach().clone() for n, layer in sparse.layers.items() for e in layer.extras.values()}
 
     def closure() -> Tensor:
@@ -304,9 +321,9 @@ def test_a_compiled_model_trains_the_same(method: str) -> None:
         model = mlp()
         run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-        sparse = rarefy.sparsify(run, method, optimizer=optimizer, total_steps=20, **METHODS[method])
+        sparse = rarefy.sparsify(run, named(method), optimizer=optimizer, total_steps=20, **METHODS[method])
         train(run, optimizer, range(8))
-        assert list(sparse.layers) == ["0.weight", "3.weight", "5.weight"]
+        assert [*sparse.layers] == ["0.weight", "3.weight", "5.weight"][: 2 if named(method) in BOTH_WAYS else 3]
         finals.append((sparse.masks(), model.state_dict()))
     for mine, theirs in zip(*finals, strict=True):
         assert list(mine) == list(theirs)

@@ -8,53 +8,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from rarefy.engine import Family, Method, Sparsifier, Target
-from rarefy.engine.options import check_not_negative, check_pattern, check_sparsity
+from rarefy.engine import Family, Sparsifier
+from rarefy.engine.options import check_not_negative
 from rarefy.engine.sharing import share
-from rarefy.errors import OptionError, PatternError
+from rarefy.methods.n_m import Fitting
 from rarefy.nn import LargestMask, Reparametrisation
-from rarefy.patterns import Pattern, parse_pattern
 
 
 @dataclass(frozen=True, kw_only=True)
-class FromScratch(Method):
-    """What the methods of N:M training share: the pattern, and the layers that stay dense because it does not fit them."""
-
-    sparsity: float = 0.5
-    pattern: str | Pattern = "2:4"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_pattern(self.pattern)
-        check_sparsity(self.sparsity, self.pattern)
-        if not isinstance(self.cut, self.patterns):
-            kinds = ", ".join(kind.__name__ for kind in self.patterns)
-            raise OptionError(f"pattern={str(self.pattern)!r} is not one that {self.name} takes; it takes {kinds}.")
-
-    @property
-    def cut(self) -> Pattern:
-        """The pattern itself, whatever text stands for it."""
-        return parse_pattern(self.pattern)
-
-    def kept_units(self, shape: torch.Size) -> int:
-        """Return how many units each group of a weight keeps."""
-        return self.cut.keep(shape, None if self.cut.fixed_sparsity is not None else 1 - self.sparsity)
-
-    def leaves(self, target: Target) -> str | None:
-        if isinstance(target.module, nn.Embedding | nn.EmbeddingBag):
-            return "an embedding is looked up: there are no products to save"
-        try:
-            self.cut.check(target.shape, target.name)
-        except PatternError as error:
-            return str(error).partition("]: ")[2].partition(";")[0]
-        return None
-
-    def choose(self, sparse: Sparsifier) -> None:
-        share(sparse.layers, self.sparsity, "uniform")  # can all layers take it?
-
-
-@dataclass(frozen=True, kw_only=True)
-class Refined(FromScratch):
+class Refined(Fitting):
     """What SR-STE and its kin share: the pull of pruned weights towards zero."""
 
     refine: float = 2e-4
@@ -70,7 +32,7 @@ class Refined(FromScratch):
 
 
 @dataclass(frozen=True, kw_only=True)
-class STE(FromScratch):
+class STE(Fitting):
     """STE: train dense weights, compute with the N largest of every M, and pass the gradient straight to all of them.
 
     The plain estimator of Bengio et al. 2013 (arXiv 1308.3432) on an N:M projection, the baseline of `sr-ste` (Zhou et al.
@@ -106,7 +68,11 @@ class STE(FromScratch):
     family: ClassVar[Family] = "sparse to sparse"
 
     def reparametrise(self, weight: nn.Parameter) -> Reparametrisation:
-        return LargestMask(self.cut, self.kept_units(weight.shape))
+        free = self.cut.fixed_sparsity is None
+        return LargestMask(self.cut, self.cut.keep(weight.shape, 1 - self.sparsity if free else None))
+
+    def choose(self, sparse: Sparsifier) -> None:
+        share(sparse.layers, self.sparsity, "uniform")  # can all layers take it?
 
 
 @dataclass(frozen=True, kw_only=True)

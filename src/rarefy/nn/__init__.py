@@ -15,6 +15,7 @@ from rarefy.nn.share import share_, unshare_
 from rarefy.nn.shared_array import SharedArray
 from rarefy.nn.shared_layers import SharedConv2d, SharedEmbedding, SharedLinear, SharedModule
 from rarefy.nn.straight_through import FadingMask, HeldMask, LargestMask
+from rarefy.nn.two_way import TwoWayMask
 from rarefy.nn.widen import widen_
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "SparseLinear",
     "SparseModule",
     "ThresholdMask",
+    "TwoWayMask",
     "bake_",
     "iso_flop_",
     "n_m_",

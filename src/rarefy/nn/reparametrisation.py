@@ -75,6 +75,9 @@ class Reparametrisation(nn.Module, ABC):
     follows: ClassVar[bool] = False
     """Whether what is kept follows from trained tensors at every step, so that nobody can set it."""
 
+    computes_output: ClassVar[bool] = False
+    """Whether it computes the module's output too (`output`), and not the weight alone."""
+
     order: tuple[str, ...] = ()  # the layer's parameters, as they were
 
     @abstractmethod
@@ -88,6 +91,10 @@ class Reparametrisation(nn.Module, ABC):
     def keep(self, mask: Tensor) -> None:
         """Keep exactly these weights from now on; bool, weight-shaped."""
         raise RarefyError(f"what {type(self).__name__} keeps follows from what it trains, and cannot be set.")
+
+    def output(self, module: nn.Module, x: Tensor) -> Tensor:
+        """Return what the module makes of an input, in place of the module's own forward pass."""
+        raise NotImplementedError
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """What is assigned to the layer's weight becomes the trained one."""
@@ -181,6 +188,12 @@ def install(module: nn.Module, attribute: str, computes: Reparametrisation) -> N
     before = [other.order for other in reparametrised(module).values()]
     computes.order = before[0] if before else tuple(module._parameters)
     parametrize.register_parametrization(module, attribute, computes)
+    if computes.computes_output:  # the class is this module's own, and its copies'
+
+        def forward(self: nn.Module, x: Tensor) -> Tensor:
+            return self.parametrizations[attribute][0].output(self, x)  # type: ignore[index,union-attr,operator]
+
+        type(module).forward = forward
     if isinstance(module, nn.RNNBase):
         # It keeps a list of its weights; computed ones must neither grow old in it nor be copied with it.
         names = "_flat_weights_names"

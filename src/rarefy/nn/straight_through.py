@@ -105,7 +105,9 @@ class FadingMask(Reparametrisation):
         return torch.where(mask, weight, weight * beta) if self.scaled else straight(weight, mask, beta)
 
     def kept(self, weight: Tensor) -> Tensor:
-        return largest_in_frame(weight, self.patterns, self.frame) | (self.beta > 0)
+        if self.beta > 0:
+            return torch.ones_like(weight, dtype=torch.bool)
+        return largest_in_frame(weight, self.patterns, self.frame)
 
     def extra_repr(self) -> str:
         return ", ".join(map(str, self.patterns))

@@ -8,7 +8,6 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from rarefy.kernels import select_k
 from rarefy.patterns.base import Pattern
 from rarefy.patterns.parsing import parse_pattern
 
@@ -20,8 +19,8 @@ _library.define("largest_in_frame(Tensor weight, str patterns, Tensor frame) -> 
 def largest(weight: Tensor, pattern: Pattern, keep: int) -> Tensor:
     """Return which weights belong to the `keep` units of largest summed |w| in each group; bool, in the weight's shape.
 
-    As `pattern.project(weight.abs(), keep)`, and known to `torch.compile`. Ties go to the lowest index. On the CPU a NaN
-    raises OptionError; elsewhere, where the check would wait for the device, it counts as largest.
+    As `pattern.project(weight.abs(), keep)`, and known to `torch.compile`. Ties go to the lowest index. A NaN
+    raises OptionError on the CPU; elsewhere, where the check would wait for the device, it counts as largest.
 
     >>> from rarefy.patterns import NM
     >>> largest(torch.tensor([[3.0, -4.0, 1.0, 1.0]]), NM(2, 4), 2)
@@ -45,8 +44,8 @@ def _largest(weight: Tensor, pattern: str, keep: int) -> Tensor:
     cut = _parsed(pattern)
     shape = tuple(weight.shape)
     scores = cut.pool(weight.abs())
-    if scores.device.type == "cpu":
-        return cut.expand(select_k(scores, keep), shape)
+    if scores.device.type == "cpu" or cut.coupled:
+        return cut.expand(cut.choose(scores, keep), shape)
     best = scores.sort(dim=1, descending=True, stable=True).indices[:, :keep]
     return cut.expand(torch.zeros_like(scores, dtype=torch.bool).scatter_(1, best, True), shape)
 

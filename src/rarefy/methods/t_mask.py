@@ -1,0 +1,78 @@
+"""Training with transposable masks: N:M in the forward pass and, by the same mask, in the gradient of the input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from rarefy.engine import Family, Sparsifier
+from rarefy.engine.options import check_clock
+from rarefy.engine.sharing import share
+from rarefy.methods.straight_through import Refined
+from rarefy.nn import HeldMask, Reparametrisation
+from rarefy.patterns import Pattern, TransposableNM
+from rarefy.schedules import Clock
+
+
+@dataclass(frozen=True, kw_only=True)
+class TMask(Refined):
+    """T-mask: as `sr-ste`, with a mask that is N:M along inputs and outputs alike, made anew every few steps.
+
+    Hubara et al. 2021, "Accelerated Sparse Neural Training: A Provable and Efficient Method to Find N:M Transposable Masks"
+    (arXiv 2102.08124, sec. 4 and 5; there N counts the zeros). S keeps N weights in every row and every column of each M x M
+    tile, so that both W S and its transpose are N:M, and serves two products of training, y = x (W S)^T and dx = dy (W S).
+    With G = dL/d(W S), dense weights W are trained by
+
+        dL/dW = G + lambda (1 - S) W,
+
+    and every k steps S is the mask of largest |W|, by the pattern's solver; between them it stands still. It is not made anew
+    in every step because it costs more than the N largest of M.
+
+    The authors' code takes for a tile M^2 weights of one output in a row, which leaves the transpose unstructured, decays
+    pruned weights five times as strongly as the others instead of by lambda, and may leave rows of a tile short; here tiles
+    lie in the plane of outputs and inputs, and all rows and columns keep N. For a mask that is found once on a trained
+    network and then held, use `magnitude` with this pattern.
+
+    Layers whose inputs or outputs are not multiples of M, and embeddings, stay dense and are listed with the reason; what
+    `include` names must fit.
+
+    Options:
+        pattern: "N:Mt". Default "4:8t" (the paper); "4:8t-exact" and "4:8t-approx" name the solver.
+        sparsity: 1 - N/M, and nothing else. Default 0.5.
+        every: k, steps between masks. Default 40 (the authors' code).
+        start, stop: first and last step of new masks; an int is a step, a float in [0, 1] a fraction of total_steps.
+            Defaults 0 and None: to the end of training.
+        refine: lambda, not negative. Default 2e-4 (`sr-ste`).
+
+    Raises OptionError where no optimizer is given, and for patterns of another kind; SelectionError where no layer fits,
+    PatternError where one does not that `include` names.
+    """
+
+    name: ClassVar[str] = "t-mask"
+    family: ClassVar[Family] = "sparse to sparse"
+    patterns: ClassVar[tuple[type[Pattern], ...]] = (TransposableNM,)
+    pattern: str | Pattern = "4:8t"
+    every: int = 40
+    start: int | float = 0
+    stop: int | float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_clock(self.every, self.start, self.stop)
+
+    def clock(self, total_steps: int | None) -> Clock:
+        return Clock(every=self.every, start=self.start, stop=self.stop, total=total_steps)
+
+    def reparametrise(self, weight: nn.Parameter) -> Reparametrisation:
+        return HeldMask(weight)
+
+    def choose(self, sparse: Sparsifier) -> None:
+        for name, counts in share(sparse.layers, self.sparsity, "uniform").items():
+            layer = sparse.layers[name]
+            layer.rewire(layer.best(layer.trained().abs(), counts))
+
+    def after_step(self, sparse: Sparsifier, step: int) -> None:
+        if sparse.clock.due(step):
+            self.choose(sparse)
