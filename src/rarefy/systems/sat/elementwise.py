@@ -51,7 +51,16 @@ KNOWN: dict[str, Costs] = {
     **dict.fromkeys(("softmax", "_softmax", "_safe_softmax", "_log_softmax"), SOFTMAX),
     **dict.fromkeys(("add", "sub", "rsub"), SUM),
     **dict.fromkeys(
-        ("max_pool2d_with_indices", "max_pool1d", "avg_pool2d", "_adaptive_avg_pool2d", "mean", "sum"), POOL
+        (
+            "max_pool2d_with_indices",
+            "max_pool1d",
+            "avg_pool2d",
+            "_adaptive_avg_pool2d",
+            "adaptive_max_pool2d",
+            "mean",
+            "sum",
+        ),
+        POOL,
     ),
 }
 # done by where the DMA reads and writes
