@@ -35,7 +35,7 @@ class BDWP(Refined):
     Multiplications of such a layer beside dense training, with r = N/M: (1 + 2 r)/3 for "both", (2 + r)/3 for the others; and
     at most 3/(1 + 2 r) times as fast. (Training FLOPs in tables are those of kernels that skip zeros in any place: they count
     `ste` and `sr-ste` as "both", and modes without zeros in the forward pass as dense.) Only a machine that uses both packed
-    weights gains time; here it is the method's accuracy that is reproduced.
+    weights gains time (the command "rarefy simulate sat" models one); here it is the method's accuracy that is reproduced.
 
     Only the abstract of the paper could be read: the rule is as it is told elsewhere, and whether the authors keep the decay
     of pruned weights is not known.
