@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import dataclasses
 import functools
 import json
 import math
@@ -38,7 +37,7 @@ from torch.nn import functional as F
 
 import rarefy
 from cycles import table
-from rarefy import data, models
+from rarefy import models
 from rarefy.engine import Sparsifier
 from rarefy.engine.batch_norm import recalibrate
 from rarefy.metrics import FlopsReport, flops, training_flops
@@ -46,21 +45,14 @@ from rarefy.metrics.statistics import mean, sd
 from rarefy.search import Member, Workers, sparse_model_soups
 from rarefy.search.recipe import Recipe
 from rarefy.training.config import RunConfig
-from rarefy.training.inputs import Inputs
 from rarefy.training.seeds import derive
 
-IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # what the published weights were trained with
+NETWORK = "resnet-20-cifar10"
 CLASSIFIER = "fc"
 
 
-class Published(Recipe):
-    """A recipe whose inputs are normalised as the published weights expect, and whose retrainings count their FLOPs."""
-
-    def inputs(self) -> Inputs:
-        return published_inputs(self.config.model_dump_json())
-
-    def build(self, seed: int = 0) -> nn.Module:
-        return models.load_published("resnet-20-cifar10").to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+class Counted(Recipe):
+    """A recipe whose retrainings count their FLOPs."""
 
     def retrain(self, model: nn.Module, sparse: Sparsifier, member: Member) -> dict[str, Any]:
         return {**super().retrain(model, sparse, member), "flops": self.flops_of(sparse)}
@@ -70,26 +62,18 @@ class Published(Recipe):
 
 
 @functools.lru_cache(maxsize=1)
-def published_inputs(config: str) -> Inputs:
-    inputs = Inputs(RunConfig.model_validate_json(config))
-    inputs.bundle = dataclasses.replace(inputs.bundle, **IMAGENET)
-    inputs.test = data.eval_batches(inputs.bundle, 500)
-    return inputs
-
-
-@functools.lru_cache(maxsize=1)
 def dense_flops() -> FlopsReport:
-    return flops(models.load_published("resnet-20-cifar10").eval(), torch.zeros(1, 3, 32, 32))
+    return flops(models.load_published(NETWORK).eval(), torch.zeros(1, 3, 32, 32))
 
 
-def recipe(steps: int, seed: int, args: argparse.Namespace) -> Published:
+def recipe(steps: int, seed: int, args: argparse.Namespace) -> Counted:
     config = RunConfig.model_validate(
         {"data": "cifar10", "model": "resnet-20", "steps": steps, "batch_size": 128, "augment": True,
          "limit_train": args.train, "limit_test": args.test, "device": "cpu", "seed": seed,
          "optimizer": {"name": "sgd", "lr": 0.02, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-4},
          "lr_schedule": "constant"}
     )  # fmt: skip
-    return Published(config, retrain_steps=steps)
+    return Counted(config, retrain_steps=steps, published=NETWORK)
 
 
 def cycles(
@@ -167,7 +151,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def run(arm: str, sparsity: float, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     job = recipe(args.steps, seed, args)
-    began, net = time.perf_counter(), job.build()
+    began, net = time.perf_counter(), job.build(seed).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     steps, train = arms(args)[arm]
     cost = train(net, sparsity, seed)
     left = copy.deepcopy(net)
@@ -187,7 +171,7 @@ def shown(values: list[float]) -> str:
 
 
 def report(found: list[dict[str, Any]], args: argparse.Namespace) -> None:
-    dense = recipe(args.steps, 0, args).score(models.load_published("resnet-20-cifar10"))
+    dense = recipe(args.steps, 0, args).score(models.load_published(NETWORK))
     per_step = 3 * dense_flops().dense * 128
     print(f"published, dense: {100 * dense:.2f} %; a dense step of 128: {per_step / 1e9:.2f} GFLOPs\n")
     rows = [

@@ -1,6 +1,7 @@
 """WGSEF on 8,000 MNIST digits: does the number of hidden units that are left follow k, and what does the projection cost?
 
     RAREFY_DATA=... python benchmarks/wgsef.py [--seeds 0 1 2] [--epochs 12] [--batch 200] [--decay]
+        [--strengths 0.1 0.01 0.001] [--parts envelope lasso method]
 
 784-200-10, groups are the rows of the first layer with their biases, plain SGD 0.2, penalised to the end, then
 projected onto the k largest. The other table: a group lasso of the same scale, which has no k. The last: the method as it
@@ -27,6 +28,7 @@ from rarefy.patterns import Slice
 from rarefy.penalties import GroupLasso
 
 Data = tuple[Tensor, Tensor, Tensor, Tensor]
+PARTS = ("envelope", "lasso", "method")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,37 +96,45 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--batch", type=int, default=200)
     parser.add_argument("--decay", action="store_true", help="let the learning rate fall to 0 over the second half")
+    parser.add_argument("--strengths", type=float, nargs="+", default=[0.1, 0.01, 0.001])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="which of the three tables")
     args = parser.parse_args()
     data = mnist()
     dense = [accuracy(train(data, rarefy.methods.Dense(), s, args)[0], data) for s in args.seeds]
     print(f"dense: {shown(dense)} %\n")
-    print("| lambda | k | units before projection | accuracy before | after |\n|---|---|---|---|---|")
-    for strength in (0.1, 0.01, 0.001):
+    if "envelope" in args.parts:
+        print("| lambda | k | units before projection | accuracy before | after |\n|---|---|---|---|---|")
+        for strength in args.strengths:
+            for k in (10, 20, 50):
+                rows = []
+                for seed in args.seeds:
+                    method = rarefy.methods.WGSEF(sparsity=1 - k / 200, strength=strength, growth=1.0)
+                    model, sparse = train(data, method, seed, args)
+                    layer = sparse.layers["0.weight"]
+                    left, before = int(groups_left(layer)), accuracy(model, data)
+                    layer.rewire(layer.best(group_squares(layer), torch.tensor([k])))
+                    rows.append((left, before, accuracy(model, data)))
+                left, before, after = (list(map(float, column)) for column in zip(*rows, strict=True))
+                print(f"| {strength:g} | {k} | {shown(left, 0)} | {shown(before)} | {shown(after)} |", flush=True)
+    if "lasso" in args.parts:
+        print("\n| group lasso: lambda | units | accuracy |\n|---|---|---|")
+        for strength in (0.01, 0.02, 0.05):
+            runs = [train(data, PlainGroupLasso(strength=strength), s, args) for s in args.seeds]
+            left = [float(groups_left(sparse.layers["0.weight"])) for _, sparse in runs]
+            print(f"| {strength:g} | {shown(left, 0)} | {shown([accuracy(m, data) for m, _ in runs])} |", flush=True)
+    if "method" in args.parts:
+        print("\n| wgsef as it comes: k | units before projection | at the end | accuracy |\n|---|---|---|---|")
         for k in (10, 20, 50):
-            rows = []
-            for seed in args.seeds:
-                method = rarefy.methods.WGSEF(sparsity=1 - k / 200, strength=strength, growth=1.0)
-                model, sparse = train(data, method, seed, args)
-                layer = sparse.layers["0.weight"]
-                left, before = int(groups_left(layer)), accuracy(model, data)
-                layer.rewire(layer.best(group_squares(layer), torch.tensor([k])))
-                rows.append((left, before, accuracy(model, data)))
-            left, before, after = (list(map(float, column)) for column in zip(*rows, strict=True))
-            print(f"| {strength:g} | {k} | {shown(left, 0)} | {shown(before)} | {shown(after)} |", flush=True)
-    print("\n| group lasso: lambda | units | accuracy |\n|---|---|---|")
-    for strength in (0.01, 0.02, 0.05):
-        runs = [train(data, PlainGroupLasso(strength=strength), s, args) for s in args.seeds]
-        left = [float(groups_left(sparse.layers["0.weight"])) for _, sparse in runs]
-        print(f"| {strength:g} | {shown(left, 0)} | {shown([accuracy(m, data) for m, _ in runs])} |", flush=True)
-    print("\n| wgsef as it comes: k | units before projection | at the end | accuracy |\n|---|---|---|---|")
-    for k in (10, 20, 50):
-        method = rarefy.methods.WGSEF(sparsity=1 - k / 200, strength=0.1)
-        runs = [train(data, method, s, args, length=True) for s in args.seeds]
-        left = [float(sparse.memory["groups"]["0.weight"]) for _, sparse in runs]
-        end = [float(groups_left(sparse.layers["0.weight"])) for _, sparse in runs]
-        print(
-            f"| {k} | {shown(left, 0)} | {shown(end, 0)} | {shown([accuracy(m, data) for m, _ in runs])} |", flush=True
-        )
+            runs = [
+                train(data, rarefy.methods.WGSEF(sparsity=1 - k / 200, strength=0.1), s, args, length=True)
+                for s in args.seeds
+            ]
+            left = [float(sparse.memory["groups"]["0.weight"]) for _, sparse in runs]
+            end = [float(groups_left(sparse.layers["0.weight"])) for _, sparse in runs]
+            print(
+                f"| {k} | {shown(left, 0)} | {shown(end, 0)} | {shown([accuracy(m, data) for m, _ in runs])} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

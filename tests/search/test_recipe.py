@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from rarefy.errors import ConfigError
+from rarefy import models
+from rarefy.errors import ConfigError, ModelError
 from rarefy.search import Member, Training, hold
 from rarefy.search.recipe import Recipe
 from rarefy.training.config import RunConfig
@@ -98,3 +99,31 @@ def test_batch_norms_are_measured_on_what_the_training_sees(monkeypatch: pytest.
     assert all(
         set(a.unique().tolist()) <= {*b.unique().tolist(), float(black)} for a, b in zip(found, bare, strict=True)
     )
+
+
+def test_published_weights_get_the_inputs_that_they_were_trained_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = dataclasses.replace(models.PUBLISHED["lenet-300-100-mnist"], mean=(0.5,), std=(0.25,))
+    monkeypatch.setitem(models.PUBLISHED, "mine", entry)
+    own = recipe(validation=0.2)
+    job = pickle.loads(pickle.dumps(dataclasses.replace(own, published="mine")))
+    bundle = own.inputs().bundle
+    assert (bundle.mean, bundle.std) != ((0.5,), (0.25,)) and bundle.train_x.dtype == torch.uint8
+    wanted = (bundle.train_x[:60].float() / 255 - 0.5) / 0.25
+    torch.testing.assert_close(job.search_set(60)[0], wanted)
+    torch.testing.assert_close(job.calibration()[0], wanted)
+    inputs = job.inputs()
+    assert inputs.val is not None
+    own_mean, own_std = (torch.tensor(v).view(1, -1, 1, 1) for v in (bundle.mean, bundle.std))
+    for mine, theirs in (
+        (inputs.test, own.inputs().test),
+        (inputs.val, own.inputs().val),
+        (job.batches(3), own.batches(3)),
+    ):
+        (x, y), (other, labels) = next(iter(mine)), next(iter(theirs))
+        assert torch.equal(y, labels)
+        torch.testing.assert_close(x * 0.25 + 0.5, other * own_std + own_mean)
+    monkeypatch.setitem(models.PUBLISHED, "other", dataclasses.replace(entry, mean=None, std=None))
+    with pytest.raises(ConfigError, match=r"other expects pixel / 256"):
+        dataclasses.replace(own, published="other").inputs()
+    with pytest.raises(ModelError, match="no published weights are called 'min'"):
+        dataclasses.replace(own, published="min").inputs()

@@ -187,7 +187,6 @@ def soups(
     from rich.console import Console
     from safetensors.torch import save
 
-    from rarefy import models
     from rarefy._files import atomic_write
     from rarefy.errors import OptionError, nearest
     from rarefy.schedules import RETRAININGS
@@ -209,13 +208,13 @@ def soups(
         "optimizer": None if lr is None else {"lr": lr},
     }
     run = _run(config, flags, set_, {"validation": 0.1})
-    workers, plain = Workers(backend, jobs, threads), Recipe(run)
+    workers, plain = Workers(backend, jobs, threads), Recipe(run, published=published)
     steps = None if retrain_epochs is None else retrain_epochs * len(plain.inputs().train)
-    recipe = Recipe(run, steps, schedule)
+    recipe = Recipe(run, steps, schedule, published)
     torch.set_num_threads(threads)
     same = {"config": run.identity(), "published": published, "retrain_steps": steps, "schedule": schedule}
     saved = read(out / "dense.pt", same)
-    net = models.load_published(published) if published else recipe.build(derive(run.seed, "init"))
+    net = recipe.build(derive(run.seed, "init"))
     console = Console()
     if saved is not None:
         net.load_state_dict(saved["state"])

@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 from rarefy.models._build import available, build, find, options
-from rarefy.models.published import PUBLISHED, Published, load_published
+from rarefy.models.published import PUBLISHED, Published, load_published, published_entry
 from rarefy.models.width import small_dense_width
 
-__all__ = ["PUBLISHED", "Published", "available", "build", "find", "load_published", "options", "small_dense_width"]
+__all__ = [
+    "PUBLISHED",
+    "Published",
+    "available",
+    "build",
+    "find",
+    "load_published",
+    "options",
+    "published_entry",
+    "small_dense_width",
+]

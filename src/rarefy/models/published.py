@@ -20,14 +20,15 @@ _AKAMASTER = (
     "https://raw.githubusercontent.com/akamaster/pytorch_resnet_cifar10/"
     "d5489e8995e81e91ce6b1d69dcc98ad579b0b153/pretrained_models/"
 )
-_IMAGENET = "pixel / 255, then ImageNet's mean (0.485, 0.456, 0.406) and standard deviation (0.229, 0.224, 0.225)"
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
 
 @dataclass(frozen=True)
 class Published:
     """One published weight file: our `model` (with `options`) that it fits, its place below the data folder, what it reaches.
 
-    `accuracy` is the fraction of `dataset`'s test images that is right with inputs prepared as `inputs` says.
+    `accuracy` is the fraction of `dataset`'s test images that is right with inputs prepared as `inputs` says: where they are
+    pixel / 255 normalised per channel, by `mean` and `std`, in the place of the data set's own.
     `url` is None where the source offers another container only (the npz files hold the arrays of caffemodels).
     `rename` turns the file's parameter names into ours.
     """
@@ -41,6 +42,8 @@ class Published:
     source: str
     url: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
     rename: Callable[[str], str] = str
 
 
@@ -52,7 +55,9 @@ def _cifar(depth: int, tag: str, digest: str, accuracy: float) -> Published:
         sha256=digest,
         dataset="cifar10",
         accuracy=accuracy,
-        inputs=_IMAGENET,
+        inputs=f"pixel / 255, then ImageNet's mean {_MEAN} and standard deviation {_STD}",
+        mean=_MEAN,
+        std=_STD,
         source="akamaster/pytorch_resnet_cifar10 (BSD-2)",
         url=_AKAMASTER + name,
         rename=lambda key: key.removeprefix("module.").replace("linear.", "fc."),
@@ -67,6 +72,8 @@ def _surgery(model: str, name: str, digest: str, accuracy: float) -> Published:
         dataset="mnist",
         accuracy=accuracy,
         inputs="pixel / 256",
+        mean=(0.0,),
+        std=(256 / 255,),
         source="yiwenguo/Dynamic-Network-Surgery (BSD-2; Guo et al. 2016, arXiv:1608.04493)",
         rename=lambda key: key.replace("ip", "fc"),
     )
@@ -154,6 +161,15 @@ def _read(file: Path) -> dict[str, Tensor]:
     return state
 
 
+def published_entry(name: str) -> Published:
+    """Return what is known about published weights. Raises ModelError for an unknown name."""
+    if name not in PUBLISHED:
+        raise ModelError(
+            f"no published weights are called {name!r}{nearest(str(name), PUBLISHED)}; known: {', '.join(PUBLISHED)}"
+        )
+    return PUBLISHED[name]
+
+
 def load_published(name: str, path: str | os.PathLike[str] | None = None) -> nn.Module:
     """Return the network with the published weights called `name`, in evaluation mode on the CPU.
 
@@ -162,11 +178,7 @@ def load_published(name: str, path: str | os.PathLike[str] | None = None) -> nn.
     downloaded there when missing. It is used only when its SHA-256 is right. Raises ModelError for an unknown name and
     DataError for a file that is missing, cannot be downloaded, or is not the published one.
     """
-    if name not in PUBLISHED:
-        raise ModelError(
-            f"no published weights are called {name!r}{nearest(str(name), PUBLISHED)}; known: {', '.join(PUBLISHED)}"
-        )
-    entry = PUBLISHED[name]
+    entry = published_entry(name)
     state = _read(_find(name, entry, path))
     with torch.random.fork_rng(devices=[]):  # the initial weights are replaced: leave the caller's random numbers alone
         model = build(entry.model, **entry.options)

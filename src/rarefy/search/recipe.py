@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rarefy import data
+from rarefy import data, models
 from rarefy.data import Batches, TextBatches
 from rarefy.engine import Sparsifier
 from rarefy.errors import ConfigError
@@ -34,14 +34,17 @@ class Recipe:
         config: of the dense training.
         retrain_steps: length of a retraining; None: the dense training's.
         schedule: of the learning rate of a retraining, see `rarefy.schedules.retraining`.
+        published: name of the weights that the network begins with (a key of `rarefy.models.PUBLISHED`), with inputs prepared
+            as they expect; None: initial weights of the configuration's network.
     """
 
     config: RunConfig
     retrain_steps: int | None = None
     schedule: str = "llr"
+    published: str | None = None
 
     def inputs(self) -> Inputs:
-        return _inputs(self.config.model_dump_json())
+        return _inputs(self.config.model_dump_json(), self.published)
 
     def batches(self, seed: int) -> Batches | TextBatches:
         """Return the training loader with the order of one seed; the validation split stays the configuration's."""
@@ -84,8 +87,10 @@ class Recipe:
     # --- what searches call -----------------------------------------------------------------------------------------
 
     def build(self, seed: int) -> nn.Module:
-        """Build the network at its initial weights."""
+        """Build the network at its initial weights, or with the published ones."""
         torch.manual_seed(seed)
+        if self.published is not None:
+            return models.load_published(self.published)
         return self.inputs().build(self.config.width)
 
     def train(self, model: nn.Module, sparse: Sparsifier | None, seed: int) -> dict[str, Any]:
@@ -178,5 +183,10 @@ class Recipe:
 
 
 @functools.lru_cache(maxsize=4)
-def _inputs(config: str) -> Inputs:
-    return Inputs(RunConfig.model_validate_json(config))
+def _inputs(config: str, published: str | None) -> Inputs:
+    if published is None:
+        return Inputs(RunConfig.model_validate_json(config))
+    entry = models.published_entry(published)
+    if entry.mean is None or entry.std is None:
+        raise ConfigError(f"{published} expects {entry.inputs}: a data set's images cannot be prepared like this here")
+    return Inputs(RunConfig.model_validate_json(config), normalise=(entry.mean, entry.std))

@@ -17,6 +17,8 @@ from rarefy.training.seeds import derive
 
 EVAL_BATCH = 1000
 
+Normalise = tuple[tuple[float, ...], tuple[float, ...]]
+
 
 class Inputs:
     """Training, validation and test batches of a configuration, and networks of the right input and output size.
@@ -26,13 +28,21 @@ class Inputs:
         samples: training samples of an epoch (for text: positions count as one sample per window).
         example: one input [1, ...], normalised, on the CPU.
         name, note: of the data set, for tables.
+
+    Args:
+        normalise: mean and standard deviation per channel in the place of the data set's own: those that published weights
+            were trained with.
     """
 
-    def __init__(self, config: RunConfig, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, config: RunConfig, device: torch.device | str = "cpu", normalise: Normalise | None = None
+    ) -> None:
         self.config = config
         self._options = models.options(config.model)
         whole = bundle_of(config.data, config.data_root)
         bundle = _first(whole, config.limit_train, config.limit_test)
+        if normalise is not None:
+            bundle = dataclasses.replace(bundle, mean=normalise[0], std=normalise[1])
         held: tuple[Tensor, Tensor] | None = None
         seed = derive(config.seed, "data")
         if config.validation:
