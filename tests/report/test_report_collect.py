@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-import rarefy
 from rarefy.errors import DataError
 from rarefy.report import collect, leaderboard, print_leaderboard, write_html
 from rarefy.report.overlap import jaccard, overlaps, read_masks
@@ -143,12 +142,10 @@ def test_routes_and_flops_that_are_unlike_are_named(tmp_path: Path) -> None:
     assert any("forward FLOPs are unequal: set 0.2x of dense" in said for said in collect(folder).warnings)
 
 
-def test_sharing_beside_masks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sharing_beside_masks_is_told(tmp_path: Path) -> None:
     for seed in range(3):
         fake.run(tmp_path / f"rigl-0.9-s{seed}", "rigl", 0.9, seed)
-        fake.run(tmp_path / f"hashed-0.9-s{seed}", "gradual", 0.9, seed, method="hashed", label="hashed")
-    known = {**rarefy.methods.available(), "hashed": SimpleNamespace(family="parameter sharing")}
-    monkeypatch.setattr(rarefy.methods, "available", lambda: known)
+        fake.run(tmp_path / f"hashed-0.9-s{seed}", "gradual", 0.9, seed, method="stable-rps", label="hashed")
     assert any("hashed shares parameters and has no zeros" in said for said in collect(tmp_path).warnings)
 
 
@@ -158,6 +155,13 @@ def test_unlike_things_at_different_sparsities_are_not_mixed_up(tmp_path: Path) 
         fake.run(tmp_path / f"gradual-0.98-s{seed}", "gradual", 0.98, seed)
     said = " ".join(collect(tmp_path).warnings)
     assert "mixes" not in said and "FLOPs are unequal" not in said
+
+
+def test_a_method_by_its_other_name_has_its_family(tmp_path: Path) -> None:
+    for seed in range(3):
+        fake.run(tmp_path / f"rigl-0.9-s{seed}", "rigl", 0.9, seed)
+        fake.run(tmp_path / f"dst-0.9-s{seed}", "gradual", 0.9, seed, method="dst", label="dst")
+    assert "train a dense network first (dst)" in " ".join(collect(tmp_path).warnings)
 
 
 def test_a_method_that_is_not_known_here_has_no_family(tmp_path: Path) -> None:

@@ -193,6 +193,12 @@ def test_objectives_are_what_they_are_called() -> None:
     expected = ((w2 * only["2.weight"]) @ (w1 * only["0.weight"])).sum()
     assert SynFlow((3,))(plain, only) == pytest.approx(float(expected), rel=1e-12)
     assert SynFlow((3,))(plain, {**only, "0.weight": torch.zeros(4, 3, dtype=torch.bool)}) == 0.0
+    biased = nn.Sequential(
+        nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)
+    )  # what biases feed in is no path from the inputs
+    biased[0].weight.data, biased[2].weight.data = plain[0].weight.data, plain[2].weight.data
+    assert SynFlow((3,))(biased, only) == pytest.approx(float(expected), rel=1e-9)
+    assert SynFlow((3,))(biased, {**only, "0.weight": torch.zeros(4, 3, dtype=torch.bool)}) == 0.0
     assert all(torch.equal(v, model.state_dict()[n]) for n, v in before.items()) and not model[1].training
     with pytest.raises(OptionError, match="search set is empty"):
         _ = InitialLoss([]).passes

@@ -44,6 +44,12 @@ def test_a_uniform_soup_is_the_mean_in_any_order(values: list[float], shuffle: A
     assert torch.equal(average([members[0]] * len(values))["w"], members[0]["w"])
 
 
+@pytest.mark.parametrize("count", [3, 7, 49])
+def test_equal_members_are_their_soup_in_float64_too(count: int) -> None:
+    member = {"w": torch.randn(2000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))}
+    assert torch.equal(average([member] * count)["w"], member["w"])
+
+
 def test_counts_of_batches_stay_whole_numbers_and_other_networks_are_refused() -> None:
     members = states(3)
     members[1]["1.num_batches_tracked"] += 7

@@ -174,7 +174,8 @@ def _routes(finished: Sequence[Run]) -> list[str]:
 
 def family_of(run: Run) -> Family | None:
     """Return the family of a run's method; None for a method that is not known here."""
-    cls = methods.available().get(run.method or "")
+    known = methods.available().values()
+    cls = next((cls for cls in known if run.method == cls.name or run.method in cls.aliases), None)
     return None if cls is None else cls.family
 
 

@@ -123,14 +123,15 @@ class GradientNorm:
 
 @dataclass(frozen=True)
 class SynFlow:
-    """Sum of the outputs for an input of ones with every parameter replaced by its absolute value; larger is better.
+    """Sum of the outputs for ones less that for zeros, every parameter replaced by its absolute value; larger is better.
 
-    Tanaka et al. 2020 (arXiv 2006.05467): it falls to 0 where no path is left. In float64, batch norms in eval mode.
+    Tanaka et al. 2020 (arXiv 2006.05467): it is 0 where no path is left from the inputs; what biases feed in on the way does
+    not count, as in the method `synflow`. In float64, batch norms in eval mode.
     """
 
     input_shape: tuple[int, ...]  # of one sample
     maximise: ClassVar[bool] = True
-    passes: ClassVar[int] = 1
+    passes: ClassVar[int] = 2
     optimizer_steps: ClassVar[int] = 0
 
     @torch.no_grad()
@@ -139,8 +140,8 @@ class SynFlow:
         device = next(iter(state.values())).device
         with _measuring(model, batch_statistics=False):
             ones = torch.ones((1, *self.input_shape), dtype=torch.float64, device=device)
-            output: Tensor = functional_call(model, state, (ones,))
-        return float(output.sum())
+            flow: Tensor = functional_call(model, state, (ones,)) - functional_call(model, state, (0 * ones,))
+        return float(flow.sum())
 
 
 class _Objective(nn.Module):

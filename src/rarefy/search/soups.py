@@ -39,7 +39,8 @@ def average(states: Sequence[State]) -> dict[str, Tensor]:
             result[name] = first.clone()
             continue
         stacked = torch.stack([state[name].detach().double() for state in states])
-        result[name] = (stacked.sort(dim=0).values.sum(dim=0) / len(states)).to(first.dtype)
+        ordered = stacked.sort(dim=0).values
+        result[name] = (ordered[0] + (ordered - ordered[0]).sum(dim=0) / len(states)).to(first.dtype)
     return result
 
 
