@@ -191,7 +191,7 @@ def install(module: nn.Module, attribute: str, computes: Reparametrisation) -> N
     if computes.computes_output:  # the class is this module's own, and its copies'
 
         def forward(self: nn.Module, x: Tensor) -> Tensor:
-            return self.parametrizations[attribute][0].output(self, x)  # type: ignore[index,union-attr,operator]
+            return self.parametrizations[attribute][0].output(self, x)  # type: ignore[index,union-attr]
 
         type(module).forward = forward
     if isinstance(module, nn.RNNBase):
