@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -116,9 +115,7 @@ def _print(found: Comparison, shape: str) -> None:
     from rarefy.report.numbers import si
     from rarefy.systems.sat.report import rows
 
-    console = Console()
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console = Console(width=WIDE)  # into a file or a log: nothing has to be left out
+    console = Console(width=max(WIDE, Console().width))  # a narrow terminal breaks lines rather than columns
     array, run = found.sparse.array, found.sparse
     console.print(
         f"{shape}; {run.pattern} on {array.rows} x {array.columns} PEs at {array.mhz:g} MHz, {array.bandwidth:g} GB/s "

@@ -42,26 +42,14 @@ SUM = Costs(1, 1, saved=False)  # backward: where a branch of a residual left, t
 POOL = Costs(1, 1, saved=False, reduces=True)
 
 KNOWN: dict[str, Costs] = {
-    **dict.fromkeys(
-        ("relu", "hardtanh", "leaky_relu", "threshold", "mul", "div", "native_dropout", "clamp"), POINTWISE
-    ),
+    **dict.fromkeys(("relu", "hardtanh", "leaky_relu", "threshold", "mul", "div", "clamp"), POINTWISE),
     **dict.fromkeys(("gelu", "silu", "sigmoid", "tanh", "hardswish", "hardsigmoid", "elu", "exp", "erf"), LOOK_UP),
     **dict.fromkeys(("native_batch_norm", "cudnn_batch_norm", "_native_batch_norm_legit_no_training"), BATCH_NORM),
     **dict.fromkeys(("native_layer_norm", "native_group_norm", "_fused_rms_norm", "rms_norm"), ROW_NORM),
     **dict.fromkeys(("softmax", "_softmax", "_safe_softmax", "_log_softmax"), SOFTMAX),
     **dict.fromkeys(("add", "sub", "rsub"), SUM),
-    **dict.fromkeys(
-        (
-            "max_pool2d_with_indices",
-            "max_pool1d",
-            "avg_pool2d",
-            "_adaptive_avg_pool2d",
-            "adaptive_max_pool2d",
-            "mean",
-            "sum",
-        ),
-        POOL,
-    ),
+    **dict.fromkeys(("max_pool1d", "max_pool2d_with_indices", "adaptive_max_pool2d"), POOL),
+    **dict.fromkeys(("avg_pool2d", "_adaptive_avg_pool2d", "mean", "sum"), POOL),
 }
 # done by where the DMA reads and writes
 LAYOUT = {
