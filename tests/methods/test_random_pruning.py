@@ -225,3 +225,16 @@ def test_fan_in_init_scales_as_static_does() -> None:
     assert all(
         torch.equal(a, b) for a, b in zip(weights("static"), weights("random-pruning", init="fan-in"), strict=True)
     )
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "2:4@0"])
+@pytest.mark.parametrize("seed", range(5))
+def test_connected_units_fit_n_of_m(pattern: str, seed: int) -> None:
+    """Each run of M holds N at most, also of the weights that meet every unit: drawn anywhere, they often did not fit."""
+    model = nn.Sequential(nn.Linear(64, 300), nn.Linear(300, 100), nn.Linear(100, 8), nn.Conv2d(8, 12, 3, groups=2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # no unit is cut off
+        sparse = rarefy.sparsify(model, "random-pruning", pattern=pattern, connected=True, seed=seed)
+    for layer in sparse.layers.values():
+        assert layer.pattern.obeys(layer.mask())
+        assert layer.kept_per_output().all() and layer.kept_per_input().all()

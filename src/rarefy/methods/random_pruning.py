@@ -19,6 +19,7 @@ from rarefy.methods.grasp import GraSP
 from rarefy.methods.snip import SNIP, BeforeTraining
 from rarefy.methods.static import Static
 from rarefy.methods.synflow import SynFlow
+from rarefy.patterns import NM
 
 BORROWED: Mapping[str, type[BeforeTraining]] = MappingProxyType({cls.name: cls for cls in (SNIP, GraSP, SynFlow)})
 """The criteria whose layer densities can be borrowed."""
@@ -104,7 +105,8 @@ class RandomPruning(Static):
             return (layer.random(_binomial(layer, counts, generator), generator),)
         if not self.connected:
             return (layer.random(counts, generator),)
-        cover = layer.at(meeting_all(layer.shape, layer.channel_groups, generator))
+        runs_along = layer.pattern.dim if isinstance(layer.pattern, NM) else None
+        cover = layer.at(meeting_all(layer.shape, layer.channel_groups, generator, runs_along))
         needed = layer.counts(cover).cpu()
         if bool((needed > counts).any()):
             raise AllocationError(
@@ -120,19 +122,27 @@ def _of_whole_units(layer: Layer) -> bool:
     return layer.pattern.unit_size(layer.shape) >= layer.numel // max(layer.shape[:2])
 
 
-def meeting_all(shape: tuple[int, ...], groups: int, generator: torch.Generator) -> Tensor:
+def meeting_all(
+    shape: tuple[int, ...], groups: int, generator: torch.Generator, runs_along: int | None = None
+) -> Tensor:
     """Draw the fewest positions of a weight that meet each row and each column of every group; flat int64, no repeats.
 
     Args:
         shape: (rows, columns, taps...); the rows are cut into `groups` of equal size, each with columns of its own.
+        runs_along: the dimension (0 rows, 1 columns) of an N:M pattern: neighbours along it then lie in different columns
+            or rows, as far as there are enough, so that no run of M holds more positions than it must.
     """
     rows, columns = shape[0] // groups, shape[1]
     taps = torch.Size(shape[2:]).numel()
     longest = torch.arange(max(rows, columns))
     found = []
     for group in range(groups):
-        row = torch.randperm(rows, generator=generator)[longest % rows] + group * rows
-        column = torch.randperm(columns, generator=generator)[longest % columns]
+        row, column = longest % rows, longest % columns
+        if runs_along != 0:
+            row = torch.randperm(rows, generator=generator)[row]
+        if runs_along != 1:
+            column = torch.randperm(columns, generator=generator)[column]
+        row = row + group * rows
         tap = torch.randint(taps, longest.shape, generator=generator)
         found.append((row * columns + column) * taps + tap)
     return torch.cat(found)
