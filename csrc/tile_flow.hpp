@@ -1,8 +1,7 @@
 // The optimum of one tile: a flow from rows, which give n units each, to columns, which take n each, over edges of capacity one.
 //
-// Prices of rows and columns (u, v) are found by turns: a row's lies between the last score less column prices that it would keep
-// and the first that it would not. When every row takes its n best at the last prices, nothing can be gained without changing the
-// columns' sums, and few of those are wrong. What is too much is moved along shortest paths (Dijkstra on lengths that the prices
+// When every row takes its n best at some prices of the columns, nothing can be gained without changing the columns' sums. At good
+// prices (tile_prices.hpp) few of those are wrong. What is too much is moved along shortest paths (Dijkstra on lengths that prices
 // make non-negative), which keeps that true, until every column takes n: then the flow is optimal. All in whole numbers.
 #pragma once
 #include <cstddef>
@@ -13,22 +12,9 @@
 #endif
 
 #include "tile_sort.hpp"
+#include "tile_vector.hpp"
 
 namespace rarefy::RAREFY_LEVEL {
-
-#define RAREFY_INLINE inline __attribute__((always_inline))
-
-#if defined(__AVX512F__)
-constexpr std::size_t VECTOR = 64;
-#elif defined(__AVX2__)
-constexpr std::size_t VECTOR = 32;
-#else
-constexpr std::size_t VECTOR = 16;
-#endif
-
-template <class T, int W> struct Vector {
-    typedef T type __attribute__((vector_size(W * sizeof(T)), may_alias));
-};
 
 // The bits of the lanes where x == y.
 template <int W, class T, class V> RAREFY_INLINE std::uint32_t equal(const V& x, T y) {
@@ -87,8 +73,9 @@ public:
     alignas(64) T by_row[L][L];
     alignas(64) T by_column[L][L];
 
-    void solve(int n, int m, int sweeps) {
-        prepare(n, m, sweeps);
+    // `prices`: of the columns, any; the better they are, the less there is to move.
+    void solve(int n, int m, const T* prices) {
+        take(n, m, prices);
         while (over_ != 0) move_one(n);
     }
 
@@ -96,38 +83,17 @@ public:
     bool kept(int i, int j) const { return by_row[i][j] == far; }
 
 private:
-    // After `take`, by_column[j][i] is the length of the step from column j to row i (what is lost when i no longer keeps j), and
-    // by_row[i][j] that from row i to column j (less what is won when it does); `far` where there is no such step.
-    void prepare(int n, int m, int sweeps) {
-        alignas(64) T u[L], v[L] = {}, last[L], next[L];
-        for (int sweep = 0; sweep < sweeps; ++sweep) {
-            ranks(by_column, v, n, m, last, next);
-            between(last, next, u);
-            ranks(by_row, u, n, m, last, next);
-            between(last, next, v);
-        }
-        ranks(by_column, v, n, m, last, next);
-        between(last, next, u);
-        take(n, m, u, v, last);
-    }
-
-    // The n-th and the (n + 1)-th largest of lines[k][lane] - price[k] over k < m, in every lane.
-    static void ranks(const T (&lines)[L][L], const T* price, int n, int m, T* last, T* next) {
+    // Every row takes its n best at these prices. From then on by_column[j][i] is the length of the step from column j to row i
+    // (what is lost when i no longer keeps j), and by_row[i][j] that from row i to column j (less what is won when it does);
+    // `far` where there is no such step.
+    void take(int n, int m, const T* v) {
+        alignas(64) T u[L], last[L], counts[L] = {};
         for (int p = 0; p < P; ++p) {
-            V s[L];
-            for (int k = 0; k < L; ++k) s[k] = k < m ? at(lines[k], p) - price[k] : V{} - far;
-            sort_falling<L>(s);
-            at(last, p) = s[n - 1];
-            at(next, p) = s[n];
+            V s[L], next;
+            for (int k = 0; k < L; ++k) s[k] = k < m ? at(by_column[k], p) - v[k] : V{} - far;
+            ranks<L>(s, n, at(last, p), next);
+            at(u, p) = (at(last, p) + next) >> 1;
         }
-    }
-
-    static void between(const T* last, const T* next, T* price) {
-        for (int p = 0; p < P; ++p) at(price, p) = (at(last, p) + at(next, p)) >> 1;
-    }
-
-    void take(int n, int m, const T* u, const T* v, const T* last) {
-        alignas(64) T counts[L] = {};
         V sums[P] = {}, real[P];
         for (int p = 0; p < P; ++p)
             for (int i = 0; i < W; ++i) real[p][i] = p * W + i < m ? -1 : 0;

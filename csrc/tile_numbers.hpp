@@ -29,16 +29,18 @@ template <class X> inline typename FloatBits<X>::type to_bits(X x) {
 template <class X> constexpr typename FloatBits<X>::type infinity = typename FloatBits<X>::type{2 * FloatBits<X>::bias + 1}
                                                                    << FloatBits<X>::mantissa;
 
-enum class Numbers { fine, some_forbidden, none };
-
-// Largest magnitude of n scores, as bits.
-template <class X> inline typename FloatBits<X>::type largest(const X* x, std::size_t n) {
+// A score's magnitude as bits: the larger, the larger.
+template <class X> inline typename FloatBits<X>::type magnitude(X x) {
     using B = typename FloatBits<X>::type;
-    constexpr B magnitude = static_cast<B>(~(B{1} << (8 * sizeof(B) - 1)));
-    B top = 0;
+    return to_bits(x) & static_cast<B>(~(B{1} << (8 * sizeof(B) - 1)));
+}
+
+// The largest of n.
+template <class X> inline typename FloatBits<X>::type largest(const X* x, std::size_t n) {
+    typename FloatBits<X>::type top = 0;
     for (std::size_t i = 0; i < n; ++i) {
-        const B bits = to_bits(x[i]) & magnitude;
-        top = bits > top ? bits : top;
+        const auto here = magnitude(x[i]);
+        top = here > top ? here : top;
     }
     return top;
 }
@@ -55,11 +57,14 @@ template <class X> struct Scale {
     }
 };
 
-// n scores to the nearest whole numbers of type T, |q| <= 2^bits with bits at most one less than X's mantissa has.
-template <class T, class X> inline void round_to(const X* x, std::size_t n, const Scale<X>& scale, T* q) {
+// A scaled score to the nearest whole number; its magnitude has fewer bits than X's mantissa.
+template <class T, class X> inline T rounded(X x) {
     constexpr X magic = static_cast<X>(std::int64_t{3} << (FloatBits<X>::mantissa - 1));
-    for (std::size_t i = 0; i < n; ++i)
-        q[i] = static_cast<T>(to_bits(x[i] * scale.first * scale.second + magic) - to_bits(magic));
+    return static_cast<T>(to_bits(x + magic) - to_bits(magic));
+}
+
+template <class T, class X> inline void round_to(const X* x, std::size_t n, const Scale<X>& scale, T* q) {
+    for (std::size_t i = 0; i < n; ++i) q[i] = rounded<T>(x[i] * scale.first * scale.second);
 }
 
 }  // namespace rarefy::RAREFY_LEVEL

@@ -36,10 +36,13 @@ def tiles_of(scores: torch.Tensor, m: int) -> torch.Tensor:
 
 
 def all_tiles(n: int, m: int) -> torch.Tensor:
-    """Every m x m mask with n in each row and column, bool [count, m, m]."""
+    """Every m x m mask with n in each row and column, bool [count, m, m], in the order of their rows."""
     rows = [torch.tensor([c in kept for c in range(m)]) for kept in itertools.combinations(range(m), n)]
-    found = [torch.stack(choice) for choice in itertools.product(rows, repeat=m)]
-    return torch.stack([mask for mask in found if (mask.sum(0) == n).all()])
+    found = [torch.zeros(0, m, dtype=torch.bool)]
+    for _ in range(m):
+        longer = [torch.cat([mask, row[None]]) for mask in found for row in rows]
+        found = [mask for mask in longer if (mask.sum(0) <= n).all()]
+    return torch.stack(found)
 
 
 def optimum(tile: torch.Tensor, n: int) -> float:

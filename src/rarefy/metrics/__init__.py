@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from rarefy.metrics.adversarial import Box, adversarial_accuracy, fgsm, pgd, pixel_box
 from rarefy.metrics.calibration import accuracy, ece, nll
+from rarefy.metrics.diversity import Diversity, mask_diversity, sequential_diversity, transposable_masks
 from rarefy.metrics.flops import FlopsReport, LayerFlops, NotCounted, flops
 from rarefy.metrics.gradient_norm import gradient_norm
 from rarefy.metrics.image import luma, psnr
@@ -31,6 +32,7 @@ from rarefy.metrics.training_flops import (
 __all__ = [
     "Box",
     "Compliance",
+    "Diversity",
     "Explored",
     "FlopsReport",
     "LayerCost",
@@ -60,6 +62,7 @@ __all__ = [
     "holm",
     "layer_sparsity",
     "luma",
+    "mask_diversity",
     "mean",
     "nll",
     "ood_auroc",
@@ -72,10 +75,12 @@ __all__ = [
     "psnr",
     "rigl_training_flops",
     "sd",
+    "sequential_diversity",
     "snfs_training_flops",
     "sparsity",
     "static_training_flops",
     "storage_bytes",
     "training_flops",
+    "transposable_masks",
     "work",
 ]
