@@ -149,13 +149,36 @@ void turn(const float* values, const std::int32_t* index, std::size_t steps, flo
     }
 }
 
+void strips(const float* values, const std::int32_t* index, std::size_t steps, bool inverse, std::size_t first, float* to_values,
+            std::uint16_t* to_offsets, std::size_t quad_step) {
+    const __m512i base = _mm512_set1_epi32(static_cast<int>(first)), low = _mm512_set1_epi32(15);
+    for (std::size_t step = 0; step < steps; ++step, to_values += QUAD, to_offsets += QUAD) {
+        const int shift = static_cast<int>(step % NM_LINE * 4 + (inverse ? 16 : 0));
+        const __m512i line = _mm512_srl_epi32(load_line(index + step / NM_LINE * T), _mm_cvtsi32_si128(shift));
+        const vf given = load(values + step * T), w = inverse ? permute(given, line) : given;
+        const __m256i at = _mm512_cvtepi32_epi16(_mm512_add_epi32(_mm512_and_si512(line, low), base));
+        const __m128i halves[2] = {_mm256_castsi256_si128(at), _mm256_extracti128_si256(at, 1)};
+        _mm_storeu_ps(to_values, _mm512_castps512_ps128(w));
+        _mm_storeu_ps(to_values + quad_step, _mm512_extractf32x4_ps(w, 1));
+        _mm_storeu_ps(to_values + 2 * quad_step, _mm512_extractf32x4_ps(w, 2));
+        _mm_storeu_ps(to_values + 3 * quad_step, _mm512_extractf32x4_ps(w, 3));
+        for (std::size_t h = 0; h < 2; ++h) {
+            _mm_storel_epi64(reinterpret_cast<__m128i*>(to_offsets + 2 * h * quad_step), halves[h]);
+            _mm_storel_epi64(reinterpret_cast<__m128i*>(to_offsets + (2 * h + 1) * quad_step), _mm_unpackhi_epi64(halves[h], halves[h]));
+        }
+    }
+}
+
 inline __m512i places(const std::int32_t* index, std::size_t step, std::size_t ld) {  // in the dense matrix, from the tile's corner
     const __m512i line = _mm512_srl_epi32(load_line(index + step / NM_LINE * T), _mm_cvtsi32_si128(static_cast<int>(step % NM_LINE * 4)));
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     return _mm512_add_epi32(_mm512_mullo_epi32(lanes, _mm512_set1_epi32(static_cast<int>(ld))), _mm512_and_epi32(line, _mm512_set1_epi32(15)));
 }
 
+constexpr std::size_t AHEAD = 8 * T;  // a tile is a line of each of 16 rows: no prefetcher sees them coming
+
 void gather(const float* weight, std::size_t ld, const std::int32_t* index, const std::uint16_t* used, std::size_t steps, float* values) {
+    for (std::size_t r = 0; r < T; ++r) __builtin_prefetch(weight + r * ld + AHEAD);
     for (std::size_t step = 0; step < steps; ++step)
         store(values + step * T, _mm512_mask_i32gather_ps(zero(), used[step], places(index, step, ld), weight, 4));
 }
@@ -280,6 +303,17 @@ void turn(const float* values, const std::int32_t* index, std::size_t steps, flo
     }
 }
 
+void strips(const float* values, const std::int32_t* index, std::size_t steps, bool inverse, std::size_t first, float* to_values,
+            std::uint16_t* to_offsets, std::size_t quad_step) {
+    for (std::size_t step = 0; step < steps; ++step)
+        for (std::size_t i = 0; i < T; ++i) {
+            const unsigned from = place(index, step, i, inverse);
+            const std::size_t to = i / QUAD * quad_step + step * QUAD + i % QUAD;
+            to_values[to] = values[step * T + (inverse ? from : i)];
+            to_offsets[to] = static_cast<std::uint16_t>(first + from);
+        }
+}
+
 void gather(const float* weight, std::size_t ld, const std::int32_t* index, const std::uint16_t* used, std::size_t steps, float* values) {
     for (std::size_t step = 0; step < steps; ++step)
         for (std::size_t i = 0; i < T; ++i)
@@ -296,6 +330,6 @@ void scatter(const float* values, const std::int32_t* index, const std::uint16_t
 
 }  // namespace
 
-const NMKernels n_m{&product, &dots, &turn, &gather, &scatter};
+const NMKernels n_m{LANES == T, &product, &dots, &turn, &strips, &gather, &scatter};
 
 }  // namespace rarefy::RAREFY_LEVEL

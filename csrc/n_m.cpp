@@ -164,6 +164,9 @@ void product(std::size_t inputs, std::size_t outputs, std::size_t steps, const G
     });
 }
 
+// Measured. Without AVX-512 a tile's inputs are not permuted by one instruction, and strips win as soon as they are wide enough.
+bool by_strips(std::size_t n) { return !RAREFY_AT_LEVEL(n_m).permutes && n >= 2 * NM_SAMPLES; }
+
 }  // namespace
 
 bool n_m_index(const std::uint8_t* mask, const NMShape& s, bool both, std::int32_t* index, std::uint16_t* used, std::size_t threads) {
@@ -198,19 +201,18 @@ void n_m_scatter(const NMWeight& w, float* weight, std::size_t threads) {
     });
 }
 
-void n_m_forward(const NMWeight& w, const float* x, std::size_t n, const float* bias, Act act, float* y, std::size_t threads) {
-    const NMShape& s = w.shape;
-    const std::size_t value_step = s.col_tiles() * s.steps * T, index_step = s.col_tiles() * s.lines() * T;
-    const GetPanel panel = [&](std::size_t first, std::size_t) {
-        return Panel{w.values + first * value_step, w.index + first * index_step, value_step, index_step};
-    };
-    product(s.cols, s.rows, s.steps, panel, x, n, bias, act, y, threads);
-}
-
-void n_m_input_gradient(const NMWeight& w, const float* dy, std::size_t n, float* dx, std::size_t threads) {
+void n_m_by_tiles(const NMWeight& w, bool inverse, const float* x, std::size_t n, const float* bias, Act act, float* y,
+                  std::size_t threads) {
     const NMKernels& k = RAREFY_AT_LEVEL(n_m);
     const NMShape& s = w.shape;
     const std::size_t value_tile = s.steps * T, index_tile = s.lines() * T;
+    if (!inverse) {
+        const std::size_t value_step = s.col_tiles() * value_tile, index_step = s.col_tiles() * index_tile;
+        const GetPanel panel = [&](std::size_t first, std::size_t) {
+            return Panel{w.values + first * value_step, w.index + first * index_step, value_step, index_step};
+        };
+        return product(s.cols, s.rows, s.steps, panel, x, n, bias, act, y, threads);
+    }
     // A block of the transposed weight is made for the time of its use.
     const GetPanel panel = [&](std::size_t first, std::size_t count) {
         const std::size_t tiles = count * s.row_tiles();
@@ -223,7 +225,15 @@ void n_m_input_gradient(const NMWeight& w, const float* dy, std::size_t n, float
             }
         return Panel{values, index, s.row_tiles() * value_tile, s.row_tiles() * index_tile};
     };
-    product(s.rows, s.cols, s.steps, panel, dy, n, nullptr, Act::none, dx, threads);
+    product(s.rows, s.cols, s.steps, panel, x, n, bias, act, y, threads);
+}
+
+void n_m_forward(const NMWeight& w, const float* x, std::size_t n, const float* bias, Act act, float* y, std::size_t threads) {
+    (by_strips(n) ? n_m_by_strips : n_m_by_tiles)(w, false, x, n, bias, act, y, threads);
+}
+
+void n_m_input_gradient(const NMWeight& w, const float* dy, std::size_t n, float* dx, std::size_t threads) {
+    (by_strips(n) ? n_m_by_strips : n_m_by_tiles)(w, true, dy, n, nullptr, Act::none, dx, threads);
 }
 
 void n_m_values_gradient(const NMWeight& w, const float* x, const float* dy, std::size_t n, float* out, std::size_t threads) {

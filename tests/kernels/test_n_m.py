@@ -66,7 +66,7 @@ def compare(mask: Tensor, index: n_m.NMIndex, n: int, biased: bool, tolerance: f
     assert not mine[1].grad[~mask].any()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     rows=st.integers(1, 70), cols=st.integers(1, 100), n=st.integers(0, 70), pattern=st.sampled_from(PATTERNS),
     both=st.booleans(), seed=st.integers(0, 99), biased=st.booleans(), threads=st.integers(1, 2),
@@ -86,7 +86,7 @@ def test_forward_and_all_gradients(rows, cols, n, pattern, both, seed, biased, t
         torch.set_num_threads(1)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_steps_of_a_transposable_mask_are_permutations(data):
     """Also where some of the allowed places are empty, so that steps have to be completed."""

@@ -89,9 +89,11 @@ TEST(n_m_forward) {
                 expected[i * rows + r] = std::max(0.0, sum);
             }
         for (std::size_t threads = 1; threads <= 2; ++threads) {
-            Floats y(n * rows, NAN);
-            rarefy::n_m_forward(w.get(), x.data(), n, bias.data(), rarefy::Act::relu, y.data(), threads);
-            check::near(y, expected);
+            for (const auto way : {&rarefy::n_m_by_tiles, &rarefy::n_m_by_strips}) {
+                Floats y(n * rows, NAN);
+                way(w.get(), false, x.data(), n, bias.data(), rarefy::Act::relu, y.data(), threads);
+                check::near(y, expected);
+            }
         }
     });
 }
@@ -106,6 +108,11 @@ TEST(n_m_input_gradient) {
             for (std::size_t r = 0; r < rows; ++r)
                 for (std::size_t c = 0; c < cols; ++c) expected[i * cols + c] += double{w.dense[r * cols + c]} * dy[i * rows + r];
         for (std::size_t threads = 1; threads <= 2; ++threads) {
+            for (const auto way : {&rarefy::n_m_by_tiles, &rarefy::n_m_by_strips}) {
+                Floats dx(n * cols, NAN);
+                way(w.get(), true, dy.data(), n, nullptr, rarefy::Act::none, dx.data(), threads);
+                check::near(dx, expected);
+            }
             Floats dx(n * cols, NAN);
             rarefy::n_m_input_gradient(w.get(), dy.data(), n, dx.data(), threads);
             check::near(dx, expected);
