@@ -4,7 +4,7 @@
         [--patterns 2:8 1:16] [--seeds 0 1 2] [--epochs 8] [--json FILE]
 
 Defaults: what the papers expect, in docs/results/n-m.md: the first 8,000 training and 2,000 test images of MNIST, an MLP
-784-128-128-10 whose first two layers are sparse, SGD 0.1 with a cosine, no momentum, batch 100. A method is a name and its
+784-128-128-10 whose first two layers are sparse, SGD 0.1 with a cosine, momentum 0.9, batch 100. A method is a name and its
 options, NAME:OPTION=VALUE,OPTION=VALUE; "dense" is trained once. `--model` takes any of rarefy's networks as well (its last
 layer stays dense); for whole tables of them see `rarefy compare --recipe n-m`.
 
@@ -181,7 +181,7 @@ def main() -> None:
     parser.add_argument("--test", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=100)
     parser.add_argument("--lr", type=float, default=0.1)
-    parser.add_argument("--momentum", type=float, default=0.0)
+    parser.add_argument("--momentum", type=float, default=0.9)
     parser.add_argument("--json")
     args = parser.parse_args()
     torch.set_num_threads(1)
