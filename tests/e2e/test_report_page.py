@@ -182,6 +182,16 @@ def test_curves_follow_their_selectors(opened: Page) -> None:
     assert traces.first.get_attribute("d") != before
 
 
+def test_mask_flips_show_the_runs_whose_masks_move(opened: Page, folder: Path) -> None:
+    moving = [run for run in payload(collect(folder))["runs"] if run["flips"]]
+    traces = opened.locator("#flips-plot path.trace")
+    at = [run["name"] for run in moving if run["sparsity"] == 0.9 and run["seed"] == 0]
+    assert {name.split("-")[0] for name in at} >= {"set", "rigl"} and traces.count() == len(at)
+    opened.select_option("#flips-seed", "all")
+    opened.select_option("#flips-sparsity", "0.98")
+    assert traces.count() == sum(run["sparsity"] == 0.98 for run in moving)
+
+
 def test_layers_topology_overlap_and_details_follow_their_selectors(opened: Page, folder: Path) -> None:
     shown = payload(collect(folder))
     runs = {run["name"]: index for index, run in enumerate(shown["runs"])}

@@ -16,7 +16,7 @@ import pytest
 
 from rarefy.report import collect, leaderboard, write_html
 from rarefy.report.page import embedded, payload
-from rarefy.report.thinning import smoothed, spread_out, thin_topology
+from rarefy.report.thinning import flip_rates, smoothed, spread_out, thin_topology
 
 fake = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("fake_runs.py"))))
 HOSTILE = "</script><img src=x onerror=alert(1)><!--{{script}}&amp;\u2028\ud800"
@@ -133,3 +133,15 @@ def test_thinning_keeps_ends_and_totals() -> None:
     assert sum(thin["dropped"][0]) * 2 == 110
     assert thin["dropped"][1] == [None, 7, None, None, None]
     assert thin_topology({}, 5) is None
+
+
+def test_flip_rates_add_up_to_all_flips() -> None:
+    events = {
+        "a": [(0, 50, 0, 50), (100, 6, 4, 48), (200, 0, 0, 48)],
+        "b": [(0, 5, 0, 5), (100, 1, 1, 5), (250, 2, 3, 6)],
+    }
+    rates = flip_rates(events, 200, 99)
+    assert rates == {"steps": [100, 200, 250], "rate": [12 / 200 / 100, 0, 5 / 200 / 50]}
+    joined = flip_rates(events, 200, 2)
+    assert joined == {"steps": [200, 250], "rate": [12 / 200 / 200, 5 / 200 / 50]}
+    assert flip_rates({"a": [(0, 50, 0, 50)]}, 100, 9) is None and flip_rates({}, 0, 9) is None

@@ -52,6 +52,23 @@ def test_side_by_side_is_one_after_the_other(tmp_path: Path) -> None:
     assert more.finished == ["dense-s2", "static-0.8-s2"]
 
 
+def test_patterns_stand_side_by_side_at_one_sparsity(tmp_path: Path) -> None:
+    entries: Any = ["dense", "sr-ste", {"method": "asp", "patterns": ["2:8"]}]
+    asked = config(
+        methods=entries, patterns=["1:4", "2:8"], seeds=1, overrides={"asp": {"method_options": {"start": 1}}}
+    )
+    outcome = compare(asked, tmp_path, threads=1)
+    assert sorted(outcome.finished) == ["asp-2of8-s0", "dense-s0", "sr-ste-1of4-s0", "sr-ste-2of8-s0"]
+    rows = {row.label: row.sparsity for row in leaderboard(collect(tmp_path))}
+    assert rows == {"dense": 0.0, "sr-ste 1:4": 0.75, "sr-ste 2:8": 0.75, "asp 2:8": 0.75}
+    assert not compare(asked, tmp_path, threads=1).finished
+    for file in (tmp_path / "asp-2of8-s0").iterdir():
+        file.unlink()
+    (tmp_path / "asp-2of8-s0").rmdir()
+    (lost,) = collect(tmp_path).problems
+    assert (lost.name, lost.status) == ("asp-2of8-s0", "missing")
+
+
 def test_another_configuration_is_not_mixed_in(tmp_path: Path) -> None:
     compare(config(methods=["dense"]), tmp_path, threads=1)
     other = config(methods=["dense"], base={**BASE, "epochs": 1, "batch_size": 50})

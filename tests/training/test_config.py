@@ -123,6 +123,20 @@ def test_a_comparison_runs_dense_once_a_seed() -> None:
     assert len(names) == 10 and len(set(names)) == 10
 
 
+def test_patterns_take_the_place_of_sparsities() -> None:
+    entries = ["dense", "small-dense", "sr-ste", {"method": "t-mask", "patterns": ["1:4t"]}, "static"]
+    config = compared(methods=entries, patterns=["2:4", "1:4", "channel"], sparsities=[0.3], seeds=[7])
+    runs = {r.name: r.config for r in expand(config, "x")}
+    assert [*runs] == [
+        "dense-s7", "small-dense-0.5-s7", "small-dense-0.75-s7", "small-dense-0.3-s7", "sr-ste-2of4-s7", "sr-ste-1of4-s7",
+        "sr-ste-channel-s7", "t-mask-1of4t-s7", "static-2of4-s7", "static-1of4-s7", "static-channel-s7",
+    ]  # fmt: skip
+    one = runs["sr-ste-1of4-s7"]
+    assert (one.label, one.sparsity, one.method_options["pattern"]) == ("sr-ste 1:4", 0.75, "1:4")
+    assert runs["static-channel-s7"].sparsity == 0.3 and runs["t-mask-1of4t-s7"].label == "t-mask 1:4t"
+    assert runs["dense-s7"].method_options == {} and runs["small-dense-0.5-s7"].label is None
+
+
 def test_shared_options_go_where_they_fit() -> None:
     config = compared(
         base={"epochs": 2, "method_options": {"every": 5, "allocation": "er"}},
@@ -148,6 +162,9 @@ def test_shared_options_go_where_they_fit() -> None:
         ({"sparsites": [0.5]}, "did you mean 'sparsities'"),
         ({"seeds": []}, "seeds"),
         ({"sparsities": [90]}, "sparsities"),
+        ({"patterns": ["5:4"]}, "5:4"),
+        ({"methods": ["sr-ste"], "patterns": ["2:4t", "4x"]}, "unknown pattern"),
+        ({"methods": ["asp"], "patterns": ["channel"]}, "asp takes patterns of the kind NM"),
     ],
 )
 def test_comparisons_are_refused_before_anything_runs(keys: dict[str, object], said: str) -> None:

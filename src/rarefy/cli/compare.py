@@ -17,9 +17,12 @@ Threads = Annotated[int | None, typer.Option(help="torch threads in all; default
 @app.command()
 def compare(
     config: Annotated[Path | None, typer.Argument(help="A YAML file with methods, sparsities, seeds, base.")] = None,
-    recipe: Annotated[Text, typer.Option(help="A packaged comparison: demo, mnist-lenet, cifar10-resnet20.")] = None,
+    recipe: Annotated[Text, typer.Option(help="A packaged comparison: demo, mnist-lenet, n-m, ...")] = None,
     methods: Annotated[Text, typer.Option(help="Methods by name, separated by commas.")] = None,
     sparsities: Annotated[Text, typer.Option(help="Fractions of zeros, separated by commas.")] = None,
+    patterns: Annotated[
+        Text, typer.Option(help="Patterns (2:4,1:16), in place of sparsities where they fix them.")
+    ] = None,
     seeds: Annotated[Text, typer.Option(help="How many seeds (3), or which (0,1,5).")] = None,
     data: Annotated[Text, typer.Option(help="Data set of all runs.")] = None,
     model: Annotated[Text, typer.Option(help="Network of all runs.")] = None,
@@ -37,7 +40,7 @@ def compare(
     threads: Threads = None,
     force: Annotated[bool, typer.Option("--force", help="Run again what ran with another configuration.")] = False,
 ) -> None:
-    """Run methods x sparsities x seeds, print the leaderboard and write the report.
+    """Run methods x sparsities (or patterns) x seeds, print the leaderboard and write the report.
 
     Finished runs are skipped and interrupted ones continued: the same command again completes a comparison.
     """
@@ -57,6 +60,7 @@ def compare(
     flags: dict[str, Any] = {"name": name, "out": out}
     flags["methods"] = None if methods is None else [part.strip() for part in methods.split(",") if part.strip()]
     flags["sparsities"] = None if sparsities is None else [_number(part, float) for part in sparsities.split(",")]
+    flags["patterns"] = None if patterns is None else [part.strip() for part in patterns.split(",")]
     if seeds is not None:
         flags["seeds"] = [_number(part, int) for part in seeds.split(",")] if "," in seeds else _number(seeds, int)
     given = {key: value for key, value in flags.items() if value is not None}

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from rarefy.errors import ModelError, nearest
+from rarefy.models.convnet import ConvNet
 from rarefy.models.efficientnet import EfficientNetB0
 from rarefy.models.lenet import LeNet5, LeNet300
 from rarefy.models.mobilenet import MobileNetV1, MobileNetV2
@@ -26,6 +27,7 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
     "lenet-5": LeNet5,
     "resnet-9": ResNet9,
     "resnet-8": partial(cifar_resnet, 8),
+    "convnet": ConvNet,
     "resnet-20": partial(cifar_resnet, 20),
     "resnet-32": partial(cifar_resnet, 32),
     "resnet-56": partial(cifar_resnet, 56),

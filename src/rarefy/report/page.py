@@ -20,9 +20,9 @@ from rarefy.report.leaderboard import BASELINES, Row, leaderboard
 from rarefy.report.overlap import overlaps
 from rarefy.report.reading import collect
 from rarefy.report.records import Comparison, Run
-from rarefy.report.thinning import rounded, smoothed, spread_out, thin_topology
+from rarefy.report.thinning import flip_rates, rounded, smoothed, spread_out, thin_topology
 
-SCRIPTS = ("base.js", "plots.js", "leaderboard.js", "panels.js", "topology.js", "page.js")
+SCRIPTS = ("base.js", "plots.js", "leaderboard.js", "panels.js", "topology.js", "flips.js", "page.js")
 MOST_POINTS = 400
 # upper bounds for a whole page, which keep 60 runs under about 2 MB
 _ALL_POINTS = 24_000
@@ -196,6 +196,7 @@ def _run(run: Run, most: int, columns: int, shapes: dict[Any, int]) -> dict[str,
         },
         "evals": evals,
         "topology": thin_topology(updates, columns),  # without step 0: the first mask is no update
+        "flips": flip_rates(updates, sum(layer.numel for layer in result.layers) if result else 0, most),
         "network": shapes.setdefault(network, len(shapes)) if network else None,
         "kept": [layer.kept for layer in result.layers] if result else [],
     }

@@ -19,6 +19,7 @@ from rarefy.report.fairness import warnings_for
 from rarefy.report.records import ORDER, Comparison, Curves, Result, Run, Status, explain
 
 RUN_FILES = ("result.json", "metrics.jsonl", "config.yaml", "environment.json", "checkpoint.ckpt")
+_ABSENT = "missing: compare.yaml asks for it, but it has no folder"
 _RUN_NAME = re.compile(r"^(?P<method>.+?)(?:-(?P<sparsity>0?\.\d+|0|1))?-s(?P<seed>\d+)$")
 
 
@@ -135,6 +136,9 @@ def _announced_but_absent(folder: Path, runs: list[Run]) -> list[Run]:
         return []
     if not isinstance(asked, dict):
         return []
+    if isinstance(names := asked.get("runs"), list):
+        lost = [name for name in names if isinstance(name, str) and name not in {run.name for run in runs}]
+        return [replace(read_run(folder / name), status="missing", reason=_ABSENT, notes=()) for name in lost]
     seeds: Any = asked.get("seeds")
     seeds = list(range(seeds)) if isinstance(seeds, int) else seeds
     methods, sparsities = asked.get("methods"), asked.get("sparsities")
@@ -157,7 +161,7 @@ def _announced_but_absent(folder: Path, runs: list[Run]) -> list[Run]:
                             label,
                             folder / label,
                             "missing",
-                            "missing: compare.yaml asks for it, but it has no folder",
+                            _ABSENT,
                             method=method if isinstance(method, str) else name,
                             label=name,
                             sparsity=sparsity,

@@ -66,6 +66,39 @@ def thin_topology(events: Mapping[str, Sequence[tuple[int, int, int, int]]], mos
     return {"layers": list(events), "steps": ends, "joined": joined, **tables}
 
 
+def flip_rates(
+    events: Mapping[str, Sequence[tuple[int, int, int, int]]], size: int, most: int
+) -> dict[str, list[float | None]] | None:
+    """Return how fast masks move along a run: the share of `size` weights that flip in a step, dropped or grown.
+
+    The sum of flips is SAD, the sparse architecture divergence of Zhou et al. 2021 (arXiv 2102.04010), from step to step.
+
+    Args:
+        events: as for `thin_topology`; step 0, the first mask, does not count.
+        size: weights of all sparse layers.
+        most: largest number of points; where there are more updates, a point joins several, at the last of their steps.
+
+    Returns:
+        {"steps", "rate"}, a rate being that since the point before; None where nothing flips.
+    """
+    flips: dict[int, int] = {}
+    for rows in events.values():
+        for step, lost, won, _ in rows:
+            if step > 0:
+                flips[step] = flips.get(step, 0) + lost + won
+    if not any(flips.values()) or size < 1:
+        return None
+    steps = sorted(flips)
+    joined = math.ceil(len(steps) / max(1, most))
+    parts = [steps[start : start + joined] for start in range(0, len(steps), joined)]
+    starts = [0, *(part[-1] for part in parts)]
+    rates = [
+        sum(flips[step] for step in part) / size / (part[-1] - before)
+        for part, before in zip(parts, starts, strict=False)
+    ]
+    return {"steps": [part[-1] for part in parts], "rate": [rounded(rate, 4) for rate in rates]}
+
+
 def rounded(value: float | None, digits: int = 5) -> float | None:
     """Round to significant digits for the page; None for what is not finite."""
     if value is None or not math.isfinite(value):

@@ -35,7 +35,7 @@ def compare(
     notify: Notify | None = None,
     source: str = "the comparison",
 ) -> Outcome:
-    """Run methods x sparsities x seeds into one folder, each in a run folder `<method>-<sparsity>-s<seed>`.
+    """Run methods x sparsities (or patterns) x seeds into one folder, each in a run folder `<method>-<sparsity>-s<seed>`.
 
     Finished runs of the same configuration are skipped, interrupted ones continued, failed ones tried again.
 
@@ -55,7 +55,8 @@ def compare(
     home = Path(folder or config.out or Path("runs") / (config.name or "comparison"))
     runs = decide(expand(config, home, source), force)
     with atomic_write(home / "compare.yaml", "w") as file:
-        file.write(yaml.safe_dump(dict(plain(config)), sort_keys=False))
+        asked = {**plain(config), "runs": [run.name for run in runs]}
+        file.write(yaml.safe_dump(asked, sort_keys=False))
     if on_plan is not None:
         on_plan(runs)
     outcome = Outcome(home, skipped=[run.name for run in runs if run.action == "skip"])

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
-from rarefy.errors import ConfigError, OptionError, nearest
+from rarefy.errors import ConfigError, OptionError, RarefyError, nearest
 from rarefy.training.config import Part, Positive, RunConfig, Sparsity, Whole
 from rarefy.training.folder import RunFolder
 from rarefy.training.reading import merge, validate
@@ -19,10 +19,11 @@ LISTED = ("method", "sparsity", "seed", "label", "name", "out")
 
 
 class Entry(Part):
-    """One row of a comparison: a method, under a name of its own where a method comes twice."""
+    """One row of a comparison: a method, under a name of its own where a method comes twice, at patterns of its own."""
 
     method: str
     label: str | None = None
+    patterns: list[str] | None = None
 
     def shown(self) -> str:
         """Return the name in tables and folders."""
@@ -32,6 +33,10 @@ class Entry(Part):
 class CompareConfig(Part):
     """What `rarefy compare` runs: every method at every sparsity with every seed; methods without one once per seed.
 
+    With `patterns`, methods run at every pattern instead, each under a label of its own ("sr-ste 2:4"): at the sparsity that
+    the pattern prescribes, or where it prescribes none at every one of `sparsities`. A method in the list may have its own
+    patterns; one that has no option `pattern` runs at the sparsities that the common patterns prescribe.
+
     `base` holds the keys of a run that all share. `base.method_options` go to those methods that have them.
     `overrides` lays keys of a run over the base for one method (or label).
     """
@@ -40,6 +45,7 @@ class CompareConfig(Part):
     out: str | None = None
     methods: Annotated[list[Entry], Field(min_length=1)]
     sparsities: list[Sparsity] = Field(default_factory=lambda: [0.9])
+    patterns: list[str] | None = None
     seeds: list[Whole] = Field(default_factory=lambda: [0, 1, 2], min_length=1)
     base: dict[str, Any] = Field(default_factory=dict)
     overrides: dict[str, dict[str, Any]] = Field(default_factory=dict)
@@ -55,6 +61,11 @@ class CompareConfig(Part):
     @classmethod
     def _count_of_seeds(cls, given: Any) -> Any:
         return list(range(given)) if isinstance(given, int) and not isinstance(given, bool) else given
+
+    @field_validator("patterns", mode="before")
+    @classmethod
+    def _one_pattern(cls, given: Any) -> Any:
+        return [given] if isinstance(given, str) else given
 
     @field_validator("sparsities", mode="before")
     @classmethod
@@ -105,27 +116,61 @@ def expand(config: CompareConfig, folder: str | Path, source: str = "the compari
     runs = []
     for seed in config.seeds:
         for entry in config.methods:
-            cls = methods.find(entry.method)
-            levels: list[float | None] = [*config.sparsities] if "sparsity" in _options(cls) else [None]
-            for sparsity in levels:
-                runs.append(_planned(config, entry, _options(cls), sparsity, seed, Path(folder), source))
+            options = _options(methods.find(entry.method))
+            for level in _levels(config, entry, options, source):
+                runs.append(_planned(config, entry, options, level, seed, Path(folder), source))
     return runs
+
+
+@dataclass(frozen=True)
+class _Level:
+    """Where on a comparison's axis a run stands."""
+
+    sparsity: float | None
+    pattern: str | None = None
+
+
+def _levels(config: CompareConfig, entry: Entry, options: set[str], source: str) -> list[_Level]:
+    from rarefy.patterns import parse_pattern
+
+    def prescribed(pattern: str) -> list[float]:
+        try:
+            fixed = parse_pattern(pattern).fixed_sparsity
+        except RarefyError as error:
+            raise ConfigError(f"{source} ({entry.shown()}): {error}") from error
+        return config.sparsities if fixed is None else [fixed]
+
+    mine = config.patterns if entry.patterns is None else entry.patterns
+    if "sparsity" not in options:
+        return [_Level(None)]
+    if mine is None:
+        return [_Level(sparsity) for sparsity in config.sparsities]
+    if "pattern" not in options:
+        return [_Level(sparsity) for sparsity in dict.fromkeys(s for pattern in mine for s in prescribed(pattern))]
+    return [_Level(sparsity, pattern) for pattern in mine for sparsity in prescribed(pattern)]
 
 
 def _planned(
     config: CompareConfig,
     entry: Entry,
     options: set[str],
-    sparsity: float | None,
+    level: _Level,
     seed: int,
     folder: Path,
     source: str,
 ) -> Planned:
-    label = entry.shown()
-    name = f"{label}-s{seed}" if sparsity is None else f"{label}-{sparsity:g}-s{seed}"
+    label, shown = entry.shown(), entry.label
+    parts = [label]
     shared = {k: v for k, v in (config.base.get("method_options") or {}).items() if k in options}
     data = merge({**config.base, "method_options": shared}, config.overrides.get(label, {}))
-    data.update(method=entry.method, label=entry.label, sparsity=sparsity, seed=seed, name=name)
+    if level.pattern is not None:
+        data = merge(data, {"method_options": {"pattern": level.pattern}})
+        shown = f"{label} {level.pattern}"
+        parts.append(level.pattern.replace(":", "of"))
+    if level.sparsity is not None and (level.pattern is None or len(config.sparsities) > 1):
+        parts.append(f"{level.sparsity:g}")
+    name = "-".join([*parts, f"s{seed}"])
+    data.update(method=entry.method, label=shown, sparsity=level.sparsity, seed=seed, name=name)
     run = validate(RunConfig, data, f"{source} ({label})")
     run.build_method()  # refuse bad options now, not after an hour
     return Planned(name, run, folder / name)
@@ -175,6 +220,6 @@ def _differences(home: RunFolder, config: RunConfig) -> list[str]:
 
 def plain(config: CompareConfig) -> Mapping[str, Any]:
     """Return a comparison as plain data for compare.yaml, methods without a label as bare names."""
-    data = config.model_dump(mode="json", exclude={"name", "out", "jobs"})
-    data["methods"] = [e["method"] if e["label"] is None else e for e in data["methods"]]
+    data = config.model_dump(mode="json", exclude={"name", "out", "jobs"}, exclude_none=True)
+    data["methods"] = [e["method"] if [*e] == ["method"] else e for e in data["methods"]]
     return data

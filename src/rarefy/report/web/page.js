@@ -50,6 +50,7 @@ drawCurves();
   drawLayers(pair);
   drawOverlap(pair);
 }
+drawFlips();
 drawTopology();
 drawRuns();
 if (DATA.notes.length) document.getElementById("main").append(el("section", { id: "notes" }, el("h2", {}, "Notes"), el("ul", {}, DATA.notes.map((note) => el("li", {}, note)))));
