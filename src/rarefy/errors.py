@@ -42,7 +42,7 @@ class ConfigError(RarefyError, ValueError):
     """A run's configuration is not valid."""
 
 
-def nearest(word: str, words: Iterable[str]) -> str:
-    """Return " (did you mean 'x'?)" for the closest of `words`, or "" when none is close."""
-    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
+def nearest(word: object, words: Iterable[str]) -> str:
+    """Return " (did you mean 'x'?)" for the closest of `words`, or "" when none is close; `word` is what was given."""
+    close = difflib.get_close_matches(str(word), list(words), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
