@@ -5,7 +5,7 @@
 A shape is out x in, the mask is transposable. "forward" is inference with a weight compressed beforehand; "training forward"
 compresses the weight and its transpose anew, as every training step must; "backward" is dx on sparse tensor cores and a dense
 dW. The step is that of a feed-forward block (in, out, in; GELU, mean square, AdamW). Every result is checked against the masked
-dense layer; all ways take turns; medians of CUDA events, milliseconds. Without a fitting CUDA device it says why and ends with 2.
+dense layer; all ways take turns; medians of CUDA events, milliseconds. Without such a CUDA device it says why and ends with 2.
 """
 
 from __future__ import annotations

@@ -123,7 +123,7 @@ template <std::size_t C, std::size_t N> void tiles_of(const NMDots& d) {
 
 void dots(const NMDots& d) {
     switch (d.steps) {
-        case 1: return tiles_of<8, 1>(d);
+        case 1: return tiles_of<6, 1>(d);
         case 2: return tiles_of<6, 2>(d);
         case 3: return tiles_of<4, 3>(d);
         case 4: return tiles_of<3, 4>(d);

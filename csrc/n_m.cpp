@@ -12,7 +12,7 @@ namespace {
 
 constexpr std::size_t T = NM_TILE;
 constexpr std::size_t CACHED = std::size_t{384} << 10;  // bytes of weights, and of activations, that go over each other: half a second cache
-constexpr std::size_t DOT_SAMPLES = 64;
+constexpr std::size_t DOT_SAMPLES = 64, MOST_PANELS = 6;  // so many tiles of inputs, of so many samples, stay in the first cache
 
 std::size_t up(std::size_t n, std::size_t by) { return (n + by - 1) / by; }
 
@@ -240,7 +240,7 @@ void n_m_values_gradient(const NMWeight& w, const float* x, const float* dy, std
     const NMKernels& k = RAREFY_AT_LEVEL(n_m);
     const NMShape& s = w.shape;
     const std::size_t value_tile = s.steps * T, index_tile = s.lines() * T;
-    const std::size_t group = std::max<std::size_t>(1, NM_DOTS / s.steps);  // tiles of inputs whose panels stay in the first cache
+    const std::size_t group = std::clamp<std::size_t>(NM_DOTS / s.steps, 1, MOST_PANELS);
     if (n == 0) std::fill(out, out + s.values(), 0.0f);
     // [tiles][samples][T], each panel a line longer than it is, so that panels do not share the lines of a cache set
     const auto panels = [](const float* from, std::size_t width, std::size_t first, std::size_t tiles, std::size_t sample, std::size_t samples,
