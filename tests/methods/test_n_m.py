@@ -105,7 +105,7 @@ def test_bdwp_knows_its_layers() -> None:
     sparse = rarefy.sparsify(model, "bdwp")
     assert [*sparse.layers] == ["2.weight"]
     left = {item.name: item.reason for item in sparse.left_out}
-    assert "grouped convolution" in left["0.weight"] and "RNNCell" in left["3.weight_ih"]
+    assert "a grouped one" in left["0.weight"] and "RNNCell" in left["3.weight_ih"]
     attention = nn.MultiheadAttention(8, 2)  # it reads out_proj's weight and never calls it
     with pytest.raises(rarefy.RarefyError, match="out_proj"):
         rarefy.sparsify(attention, "bdwp")
@@ -168,3 +168,40 @@ def test_bdwp_multiplies_one_and_two_n_over_m_thirds() -> None:
         optimizer.zero_grad()
     counted = training_flops(flops(plain, torch.zeros(1, 16)), sparse.training_cost(), samples_per_step=4)
     assert counted.ratio == pytest.approx((1 + 2 * 0.25) / 3)
+
+
+NETS = {
+    "vit": (dict(image_size=16, in_channels=1, patch=4, dim=32, depth=1, heads=2), torch.randn(2, 1, 16, 16)),
+    "gpt": (dict(dim=32, depth=1, heads=2, context=16), torch.randint(256, (2, 16))),
+}
+FF = ["blocks.0.fc1.weight", "blocks.0.fc2.weight"]
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize(
+    ("method", "pattern"),
+    [("sr-ste", "1:8"), ("pgf", "1:32"), ("bdwp", "2:8"), ("t-mask", "4:8t"), ("asp", "2:4"), ("nm-rigl", "2:4")],
+)
+def test_transformers_train_under_autocast_and_compile(net: str, method: str, pattern: str) -> None:
+    options, x = NETS[net]
+    torch.manual_seed(0)
+    model = build(net, **options)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    everywhere = rarefy.sparsify(copy.deepcopy(model), method, pattern=pattern, total_steps=4)
+    assert {*FF} < {*everywhere.layers} and not {"token.weight", "patch.weight"} & {*everywhere.layers}
+    run = torch.compile(model, backend="aot_eager", fullgraph=True)
+    sparse = rarefy.sparsify(
+        run, method, pattern=pattern, optimizer=optimizer, total_steps=4, include=["*.fc1", "*.fc2"]
+    )
+    assert [*sparse.layers] == FF
+    for _ in range(4):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = run(x)
+        y.float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    sparse.finalize()
+    for layer in sparse.layers.values():
+        assert layer.pattern.obeys(model.get_parameter(layer.name) != 0)
+        assert layer.sparsity == parse_pattern(pattern).fixed_sparsity

@@ -121,8 +121,18 @@ def test_the_folder_holds_what_the_report_reads(tmp_path: Path) -> None:
         {"model": "mobilenet-v2", "width": 0.1, "limit_train": 60, "batch_size": 20, "epochs": 2},
         {"method": "movement", "method_options": {}},
         {"method": "dst", "sparsity": None, "method_options": {"alpha": 0.01}, "precision": "bf16"},
+        {"method": "pgf", "sparsity": 0.75, "method_options": {"pattern": "1:4", "recipe": "sdgf-stepwise"}},
     ],
-    ids=["epochs", "steps", "accumulate", "vit-adam-clip", "dropout-and-batch-norm", "trained-scores", "thresholds"],
+    ids=[
+        "epochs",
+        "steps",
+        "accumulate",
+        "vit-adam-clip",
+        "dropout-and-batch-norm",
+        "trained-scores",
+        "thresholds",
+        "frames",
+    ],
 )
 def test_a_resumed_run_ends_bit_for_bit_the_same(
     keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

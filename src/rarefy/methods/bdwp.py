@@ -79,7 +79,7 @@ class BDWP(Refined):
         return {"both": (self._there, self._back), "ff": (self._there,)}.get(self.mode, (self._back,))
 
     def leaves(self, target: Target) -> str | None:
-        return _other_kind(target.module) or super().leaves(target)
+        return super().leaves(target) or _other_kind(target.module)
 
     def check(self, sparse: Sparsifier) -> None:
         for layer in sparse.layers.values():
@@ -103,5 +103,4 @@ def _other_kind(module: nn.Module) -> str | None:
     plain = type(module) in (nn.Linear, nn.Conv2d)
     if plain and getattr(module, "groups", 1) == 1:
         return None
-    kind = "a grouped convolution" if plain else f"a {type(module).__name__}"
-    return f"this is {kind}, and bdwp knows Linear and Conv2d layers"
+    return f"bdwp knows Linear and Conv2d layers, and this is {'a grouped one' if plain else type(module).__name__}"
