@@ -14,12 +14,13 @@ from rarefy.errors import RarefyError, nearest
 if TYPE_CHECKING:
     from rarefy.deploy import accelerate, load, save
     from rarefy.rearrangement import rearrange
+    from rarefy.reconstruction import convert
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Method", "RarefyError", "Sparsifier", "__version__", "accelerate",
-    "load", "methods", "rearrange", "save", "show_config", "sparsify",
+    "convert", "load", "methods", "rearrange", "save", "show_config", "sparsify",
 ]  # fmt: skip
 
 _ROOMS = (
@@ -34,6 +35,7 @@ _ROOMS = (
     "nn",
     "patterns",
     "rearrangement",
+    "reconstruction",
     "report",
     "schedules",
     "scores",
@@ -41,7 +43,13 @@ _ROOMS = (
     "systems",
     "training",
 )
-_LATE = {"accelerate": "deploy", "load": "deploy", "rearrange": "rearrangement", "save": "deploy"}
+_LATE = {
+    "accelerate": "deploy",
+    "convert": "reconstruction",
+    "load": "deploy",
+    "rearrange": "rearrangement",
+    "save": "deploy",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -76,14 +76,15 @@ def test_reference_networks(name: str, options: dict[str, Any], size: int, patte
     assert done.after == pytest.approx(kept(model, done, sparsity, tapped), rel=1e-5)
 
 
-def test_n_m_along_inputs_raises_the_kept_magnitude() -> None:
+@pytest.mark.parametrize("pattern", ["2:4", "2:4t"])
+def test_n_m_raises_the_kept_magnitude(pattern: str) -> None:
     model = randomise(models.build("resnet-20", num_classes=4))
     x = torch.randn(2, 3, 16, 16)
     before = model(x).detach()
-    done = rarefy.rearrange(model, "2:4", example_input=x, exclude="conv1")
+    done = rarefy.rearrange(model, pattern, example_input=x, exclude=["conv1", "fc"])
     torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-5 * float(before.abs().max()))
-    assert done.after > 1.002 * done.before
-    names = [n for n, p in model.named_parameters() if p.ndim > 1 and n != "conv1.weight"]
+    assert done.after > 1.002 * done.before and all(m.after >= m.before for m in done.moved)
+    names = [n for n, p in model.named_parameters() if p.ndim > 1 and n not in ("conv1.weight", "fc.weight")]
     assert done.after == pytest.approx(kept(model, done, None, names), rel=1e-5)
 
 

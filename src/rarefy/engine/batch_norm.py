@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rarefy.errors import OptionError
+
+_ROUNDING = 1e-6  # what is left of the variance of a channel that does not vary, as a share
 
 
 @torch.no_grad()
@@ -20,7 +23,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     variance. A model without running statistics is returned as it is.
 
     Args:
-        batches: inputs, or pairs whose first part is the input; those of the training data.
+        batches: of the training data, as `feed` takes them.
 
     Raises:
         OptionError: there is no batch. The statistics are then as they were.
@@ -42,8 +45,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
             if seen == 0:
                 for norm in norms:
                     norm.reset_running_stats()
-            x = batch[0] if isinstance(batch, tuple | list) else batch
-            model(x.to(device) if isinstance(x, Tensor) else x)
+            feed(model, batch, device)
             seen += 1
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
@@ -53,6 +55,42 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     if seen == 0:
         raise OptionError("Recalibrating batch norms needs at least one batch of training data.")
     return model
+
+
+@torch.no_grad()
+def follow_change(model: nn.Module, before: nn.Module, batches: Sequence[Any]) -> nn.Module:
+    """Let running statistics change as much as the batches say that the weights have changed them, in place; return the model.
+
+    With (mu, v) what `recalibrate` finds in the model, and (mu', v') what it finds in a copy of `before`, the same network with
+    its old weights: mean <- mean + mu - mu', variance <- variance * v / v'. What the batches get wrong about both (they are
+    few, or not augmented as in training) drops out: unchanged weights keep their statistics exactly. A channel that does not
+    vary on the batches, before or now, keeps its variance.
+
+    Args:
+        model: the network with its new weights, and the statistics that fitted the old ones.
+        before: the network as it was; left as it is.
+        batches: as for `recalibrate`; they are read twice.
+    """
+    then = _norms(recalibrate(copy.deepcopy(before), batches))
+    old = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in _norms(before)]  # type: ignore[union-attr]
+    for (mean, variance), norm, past in zip(old, _norms(recalibrate(model, batches)), then, strict=True):
+        now, was = norm.running_var, past.running_var
+        assert norm.running_mean is not None and past.running_mean is not None and now is not None and was is not None
+        norm.running_mean.sub_(past.running_mean).add_(mean)
+        varies = (now > _ROUNDING * was) & (was > _ROUNDING * now)
+        now.copy_(torch.where(varies, variance * now / was, variance))
+    return model
+
+
+def feed(model: nn.Module, batch: Any, device: torch.device | None = None) -> Any:
+    """Run the model on a batch: an input, a pair whose first part is the input, or a mapping of keyword arguments."""
+
+    def there(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    if isinstance(batch, Mapping):
+        return model(**{key: there(value) for key, value in batch.items()})
+    return model(there(batch[0] if isinstance(batch, tuple | list) else batch))
 
 
 def has_statistics(model: nn.Module) -> bool:

@@ -26,8 +26,7 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
     flags = [(module, module.training) for module in model.modules()]
     buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None]
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices), torch.compiler.set_stance("force_eager"):
+    with random_state_kept(model), torch.compiler.set_stance("force_eager"):
         try:
             for module, _ in flags:
                 module.training = False
@@ -42,3 +41,11 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
                     if not buffer.is_meta:
                         buffer.copy_(value)
                     module._buffers[name] = buffer
+
+
+@contextmanager
+def random_state_kept(model: nn.Module) -> Iterator[None]:
+    """Leave the random state of the CPU and of the model's devices as it was before the block."""
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rarefy.patterns.base import Pattern
+from rarefy.patterns.choice import nm_for
 from rarefy.patterns.kinds import NM, Block, FanIn, FilterGroup, Slice, Unstructured
 from rarefy.patterns.parsing import PATTERNS, parse_pattern
 from rarefy.patterns.transposable import TransposableNM, transposable_mask
@@ -17,6 +18,7 @@ __all__ = [
     "Slice",
     "TransposableNM",
     "Unstructured",
+    "nm_for",
     "parse_pattern",
     "transposable_mask",
 ]

@@ -110,12 +110,14 @@ def rearrange(
         J(pi) = sum over weights of what the pattern keeps:
             group16, group16-tap   sum over groups of 16 outputs of the k largest sums over the group, k as the sparsity says
             2:4, 2:4@0, N:M        sum over groups of M of the N largest
+            2:4t, N:Mt             sum over tiles of what the best mask keeps
             unstructured           - (loads): with the zeros that are there, the inputs read by each 4 neighbouring outputs
 
     First a greedy start (groups and loads): each group is seeded with the largest row that is left and filled with the rows
     whose best entries overlap most with the seed's. Then exchanges: in each round groups meet in random pairs, all exchanges
     between two groups are valued at once, and the best is made if it gains. The start is taken only where it is better than the
-    present order, so J never falls.
+    present order, so J never falls. For transposable N:M exchanges are valued by the groups of M along both dimensions, each a
+    bound of what the tiles keep; a group's order is taken only where the tiles themselves keep no less.
 
     Do this before the first mask is chosen, with a trained network:
 
@@ -281,7 +283,7 @@ def _compare(model: nn.Module, before: list[Any], after: list[Any]) -> None:
 
 
 def _of_interest(coupling: Coupling, weights: Mapping[str, Weight]) -> tuple[Pinned, ...]:
-    return tuple(p for p in coupling.pinned if p.name in weights and weights[p.name].dim == p.dim)
+    return tuple(p for p in coupling.pinned if p.name in weights and p.dim in weights[p.name].dims)
 
 
 def _is_sorted(order: Tensor) -> bool:
