@@ -12,7 +12,9 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 from scipy import stats
+from typer.testing import CliRunner
 
+from rarefy.cli import app
 from rarefy.errors import OptionError
 from rarefy.report import collect, leaderboard, markdown, print_leaderboard, write_table
 from rarefy.report.numbers import duration, points, si, times
@@ -136,6 +138,9 @@ def test_the_markdown_table_says_what_the_rows_say(tmp_path: Path) -> None:
         assert cells["CPU seconds"] == f"{row.cpu_seconds:.0f}"
         found = row.against.get("static")
         assert cells["against static"].startswith("–" if found is None else points(found.mean, sign=True))
+    printed = CliRunner().invoke(app, ["report", str(tmp_path), "--markdown", "--without", "seconds, size"])
+    assert printed.exit_code == 0 and printed.output == markdown(rows, without=["seconds", "size"])
+    assert not (tmp_path / "report.html").exists()
     with pytest.raises(OptionError, match=r"no column 'second'.*seconds"):
         markdown(rows, without=["second"])
 

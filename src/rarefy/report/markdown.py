@@ -74,5 +74,5 @@ def markdown(rows: Sequence[Row], without: Sequence[str] = ()) -> str:
             raise OptionError(f"there is no column {name!r}{nearest(name, COLUMNS)}; columns: {', '.join(COLUMNS)}.")
     cells = {name: [cell(row) for row in rows] for name, cell in COLUMNS.items() if name not in without}
     shown = {name: column for name, column in cells.items() if any(text != _NONE for text in column)}
-    lines = [list(shown), ["---"] * len(shown), *(list(line) for line in zip(*shown.values(), strict=True))]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    head, *body = (f"| {' | '.join(line)} |\n" for line in (shown, *zip(*shown.values(), strict=True)))
+    return "".join([head, f"|{'---|' * len(shown)}\n", *body])

@@ -48,6 +48,7 @@ function drawAccuracy() {
     }
     const order = labels.filter((label) => shown.some((row) => row.label === label));
     const gap = Math.min(11, asked.length > 1 ? (0.62 * (x(asked[1]) - x(asked[0]))) / order.length : 40, order.length > 1 && room ? (1.6 * room) / order.length : 11);
+    const under = []; // where numbers of points off the axis stand
     order.forEach((label, index) => {
       const style = styleOf(label), shift = (index - (order.length - 1) / 2) * gap;
       const mine = shown.filter((row) => row.label === label).sort((a, b) => a.level - b.level);
@@ -58,8 +59,10 @@ function drawAccuracy() {
         const face = { tabindex: 0, role: "img", "data-value": row.accuracy, "aria-label": `${label} at ${percent(row.level)}: ${points(row.accuracy)} % plus or minus ${points(row.accuracy_sd)}` };
         const title = `${label} at ${percent(row.level)}`;
         if (below) { // off the zoomed axis: an arrow with the number
+          const rise = 14 * under.filter((other) => Math.abs(other - at) < 52).length;
+          under.push(at);
           root.append(withTip(svg("g", { class: `c${style.colour}`, ...face }, svg("path", { class: "mark", d: MARKS.down(6), transform: `translate(${at} ${height - bottom - 8})` }),
-            svg("text", { x: at - 10, y: height - bottom - 5, "text-anchor": "end" }, `${points(row.accuracy)}`)), title, pointTip(row)));
+            svg("text", { x: at - 10, y: height - bottom - 5 - rise, "text-anchor": "end" }, `${points(row.accuracy)}`)), title, pointTip(row)));
           continue;
         }
         const mark = svg("g", face);
@@ -170,8 +173,8 @@ function drawOverlap(parent) {
   const draw = live(() => {
     const width = widthOf(host), count = matrix.names.length;
     const name = Math.min(130, 16 + 7.2 * Math.max(...matrix.names.map((text) => text.length)));
-    const cell = Math.max(20, Math.min(84, (width - name - 8) / count)), tall = Math.min(cell, 46);
-    const tilted = Math.max(...matrix.names.map((text) => Math.min(12, text.length))) * 7.2 + 6 > cell, top = tilted ? 74 : 26;
+    const heading = Math.max(...matrix.names.map((text) => Math.min(12, text.length))) * 7.2 + 6, tilted = heading > (width - name - 8) / count;
+    const cell = Math.max(11, Math.min(84, (width - name - (tilted ? 34 : 8)) / count)), tall = Math.min(cell, 46), top = tilted ? 74 : 26; // the last tilted name leans out
     const root = svg("svg", { class: "plot heat", viewBox: `0 0 ${width} ${top + count * tall + 6}`, role: "img", "aria-label": matrix.title });
     matrix.names.forEach((text, row) => {
       root.append(svg("text", { class: "name", x: name - 8, y: top + row * tall + tall / 2 + 4, "text-anchor": "end" }, short(text, Math.floor(name / 7.2))));
