@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from rarefy.report import collect, leaderboard, write_html
-from rarefy.report.numbers import points
+from rarefy.report.numbers import duration, points
 from rarefy.report.overlap import overlaps
 from rarefy.report.page import payload
 
@@ -105,11 +105,11 @@ def test_the_table_shows_the_numbers_that_python_computes(opened: Page, folder: 
     for row in rows:
         level = "dense" if row.sparsity_asked is None else f"{row.sparsity_asked:g}"
         line = opened.locator(f'#table tr[data-label="{row.label}"][data-sparsity="{level}"]')
-        costs = ("flops_ratio", "training_flops_ratio", "parameters", "bytes", "seconds", "cpu_seconds", "peak_memory")
-        for key in ("accuracy", *costs):
+        for key in ("accuracy", "flops_ratio", "training_flops_ratio", "parameters", "bytes", "seconds", "peak_memory"):
             cell = line.locator(f'td[data-key="{key}"]')
             assert float(cell.get_attribute("data-value") or "nan") == pytest.approx(getattr(row, key), rel=1e-8)
         assert points(row.accuracy) in line.locator('td[data-key="accuracy"]').inner_text()
+        assert f"CPU {duration(row.cpu_seconds)}" in line.locator('td[data-key="seconds"]').inner_text()
         found = row.against.get("static")
         if found is not None:
             said = line.locator('td[data-key="static"]').inner_text().replace("\u2212", "-")

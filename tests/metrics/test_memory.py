@@ -32,6 +32,18 @@ def test_a_short_peak_is_seen_and_does_not_stay() -> None:
 
 
 @linux
+def test_garbage_of_an_earlier_block_does_not_count() -> None:
+    with PeakMemory() as first:
+        cycle: list[object] = [np.ones(192 * MIB, dtype=np.uint8)]
+        cycle.append(cycle)  # only the collector frees it
+        del cycle
+    assert first.increase > 150 * MIB
+    with PeakMemory() as second:
+        pass
+    assert second.bytes < first.bytes - 150 * MIB
+
+
+@linux
 def test_sampling_where_the_kernel_does_not_help(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_reset_kernel_mark", lambda: False)
     with PeakMemory(interval=0.002) as peak:

@@ -12,8 +12,11 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 from scipy import stats
+from typer.testing import CliRunner
 
-from rarefy.report import collect, leaderboard, print_leaderboard, write_table
+from rarefy.cli import app
+from rarefy.errors import OptionError
+from rarefy.report import collect, leaderboard, markdown, print_leaderboard, write_table
 from rarefy.report.numbers import duration, points, si, times
 
 fake = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("fake_runs.py"))))
@@ -81,6 +84,65 @@ def test_runs_of_versions_that_kept_no_processor_time_have_rows(tmp_path: Path) 
     (row,) = leaderboard(comparison)
     assert not comparison.problems and row.n == 2
     assert row.cpu_seconds == result(tmp_path, "static-0.9-s0")["cpu_seconds"]
+
+
+def test_training_flops_are_those_of_the_dense_run_even_where_a_run_is_longer(tmp_path: Path) -> None:
+    costs: dict[str, float] = {"training_flops": 1e9, "training_flops_dense": 1e9}
+    fake.run(tmp_path / "dense-s0", "dense", None, 0, **costs)
+    fake.run(tmp_path / "set-0.9-s0", "set", 0.9, 0, training_flops=1e8, training_flops_dense=1e9)
+    fake.run(
+        tmp_path / "rigl-0.9-s0", "rigl", 0.9, 0, training_flops=5e8, training_flops_dense=5e9
+    )  # five times as long
+    comparison = collect(tmp_path)
+    rows = {row.label: row.training_flops_ratio for row in leaderboard(comparison)}
+    assert rows == pytest.approx({"dense": 1.0, "set": 0.1, "rigl": 0.5})
+    assert any("training FLOPs are unequal: rigl 0.5x of dense, set 0.1x" in said for said in comparison.warnings)
+
+
+def test_a_sparsity_that_was_not_asked_for_has_its_place(tmp_path: Path) -> None:
+    fake.run(tmp_path / "dense-s0", "dense", None, 0)
+    fake.run(tmp_path / "static-0.9-s0", "static", 0.9, 0)
+    fake.run(tmp_path / "static-0.98-s0", "static", 0.98, 0)
+    fake.run(tmp_path / "own-s0", "rigl", 0.98, 0, label="own", sparsity_asked=None, sparsity=0.95)
+    comparison = collect(tmp_path)
+    rows = leaderboard(comparison)
+    assert [(row.label, row.level) for row in rows] == [
+        ("dense", None),
+        ("static", 0.9),
+        ("own", 0.95),
+        ("static", 0.98),
+    ]
+    out = io.StringIO()
+    print_leaderboard(Console(file=out, width=190), rows, comparison)
+    assert [line.strip() for line in out.getvalue().splitlines() if "sparsity" in line][1:4] == [
+        "90 % sparsity",
+        "sparsity of its own",
+        "98 % sparsity",
+    ]
+    assert "| (95.0 %) | own |" in markdown(rows)
+
+
+def test_the_markdown_table_says_what_the_rows_say(tmp_path: Path) -> None:
+    rows = leaderboard(collect(fake.comparison(tmp_path, breakages=False)))
+    lines = markdown(rows, without=["seconds"]).splitlines()
+    head, rule, *body = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert len(body) == len(rows) and all(len(line) == len(head) == len(rule) for line in body)
+    assert "seconds" not in head and "CPU seconds" in head
+    for row, line in zip(rows, body, strict=True):
+        cells = dict(zip(head, line, strict=True))
+        assert (
+            cells["method"] == row.label
+            and cells["accuracy %"] == f"{points(row.accuracy)} ± {points(row.accuracy_sd)}"
+        )
+        assert cells["training FLOPs"] == f"{row.training_flops_ratio:.3f}"
+        assert cells["CPU seconds"] == f"{row.cpu_seconds:.0f}"
+        found = row.against.get("static")
+        assert cells["against static"].startswith("–" if found is None else points(found.mean, sign=True))
+    printed = CliRunner().invoke(app, ["report", str(tmp_path), "--markdown", "--without", "seconds, size"])
+    assert printed.exit_code == 0 and printed.output == markdown(rows, without=["seconds", "size"])
+    assert not (tmp_path / "report.html").exists()
+    with pytest.raises(OptionError, match=r"no column 'second'.*seconds"):
+        markdown(rows, without=["second"])
 
 
 def test_labels_separate_variants_of_one_method(tmp_path: Path) -> None:

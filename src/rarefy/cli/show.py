@@ -63,9 +63,20 @@ def _options(cls: type[Any]) -> list[dataclasses.Field[Any]]:
 def report(
     folder: Annotated[Path, typer.Argument(help="The folder of a comparison or of one run.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The file to write.")] = None,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the table as Markdown instead, and write nothing.")
+    ] = False,
+    without: Annotated[str, typer.Option(help="Columns that --markdown leaves out, separated by commas.")] = "",
 ) -> None:
     """Print the leaderboard of finished runs again and write the HTML page."""
-    finish(folder, out)
+    if not markdown:
+        return finish(folder, out)
+    from rarefy.report import collect, leaderboard
+    from rarefy.report import markdown as table
+
+    names = [part.strip() for part in without.split(",") if part.strip()]
+    typer.echo(table(leaderboard(collect(folder)), names), nl=False)
+    return None
 
 
 def finish(folder: Path, out: Path | None = None) -> None:

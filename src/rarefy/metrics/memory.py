@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import sys
 import threading
 from pathlib import Path
@@ -18,8 +21,9 @@ class PeakMemory:
 
     `bytes` is the peak of *resident* memory of the whole process (code, libraries, data and what the allocator keeps
     for reuse), not of one model; `start_bytes` is the resident memory at entry and `increase` their difference, at
-    least 0. Memory that was freed before the block but not given back to the system can be used again without any
-    increase, so compare runs in fresh processes. `how` tells how it was measured:
+    least 0. At entry garbage is collected and, with glibc, free memory given back to the system. Elsewhere memory that was
+    freed before the block can be used again without any increase, so compare runs in fresh processes there. `how` tells
+    how it was measured:
 
     - "kernel": Linux, the kernel's high-water mark (VmHWM), reset at entry: exact.
     - "sampled": Linux where the mark may not be reset: a thread reads the resident size every `interval` seconds, so a
@@ -47,6 +51,7 @@ class PeakMemory:
         return max(0, self.bytes - self.start_bytes)
 
     def __enter__(self) -> Self:
+        _tidy()
         self.bytes = self.start_bytes = _resident()
         for device in _cuda_devices():
             torch.cuda.reset_peak_memory_stats(device)
@@ -79,6 +84,13 @@ class PeakMemory:
     def _sample(self) -> None:
         while not self._stop.wait(self.interval):
             self.bytes = max(self.bytes, _resident())
+
+
+def _tidy() -> None:
+    """Free what is garbage, and hand free memory back to the system, so that earlier blocks do not count in this one."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # glibc only
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _cuda_devices() -> range:

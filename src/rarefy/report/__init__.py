@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rarefy.report.console import print_leaderboard
 from rarefy.report.leaderboard import Difference, Row, leaderboard, write_table
+from rarefy.report.markdown import markdown
 from rarefy.report.page import write_html
 from rarefy.report.reading import collect
 from rarefy.report.records import Comparison, Run
@@ -15,6 +16,7 @@ __all__ = [
     "Run",
     "collect",
     "leaderboard",
+    "markdown",
     "print_leaderboard",
     "write_html",
     "write_table",

@@ -76,7 +76,7 @@ def _evaluated(rows: Sequence[Row]) -> list[tuple[str, Callable[[Row], str], int
 
 
 def _heading(row: Row) -> str:
-    return f"{percent(row.sparsity_asked or 0.0)} sparsity"
+    return f"{percent(row.sparsity_asked)} sparsity" if row.sparsity_asked is not None else "sparsity of its own"
 
 
 def difference(found: Difference | None) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from rarefy import methods
 from rarefy.engine.taxonomy import DENSE_IS_TRAINED, Family
-from rarefy.report.records import Result, Run
+from rarefy.report.records import Result, Run, dense_training
 
 BASELINES = ("dense", "small-dense", "static")
 FEWEST_SEEDS = 3
@@ -108,11 +108,16 @@ def _budgets(finished: Sequence[Run]) -> list[str]:
 def _flops(finished: Sequence[Run]) -> list[str]:
     """At one sparsity, methods may still differ in what they cost: by allocation, dense phases, or longer runs."""
     said = []
+    dense = dense_training(finished)
     for sparsity in sorted({run.sparsity for run in finished if run.sparsity is not None}):
         here = [run for run in finished if run.sparsity == sparsity]
         for what, cost, mend in (
             ("forward FLOPs", _forward, "compare networks of one allocation, or at equal FLOPs"),
-            ("training FLOPs", _training, "give the cheaper ones more steps, or read that column beside the accuracy"),
+            (
+                "training FLOPs",
+                lambda result: _training(result, dense),
+                "give the cheaper ones more steps, or read that column beside the accuracy",
+            ),
         ):
             sparse = _means([run for run in here if run.method != "small-dense"], cost)
             # whole units make a narrower net up to a quarter cheaper, as in _budgets
@@ -142,8 +147,8 @@ def _forward(result: Result) -> float | None:
     return result.flops / result.flops_dense if result.flops and result.flops_dense else None
 
 
-def _training(result: Result) -> float | None:
-    whole = result.training_flops_dense
+def _training(result: Result, dense: float | None) -> float | None:
+    whole = dense or result.training_flops_dense
     return result.training_flops / whole if result.training_flops and whole else None
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from rarefy._files import atomic_write
 from rarefy.metrics import statistics
-from rarefy.report.records import Comparison, Result, Run
+from rarefy.report.records import Comparison, Result, Run, dense_training
 
 BASELINES = ("static", "small-dense")
 
@@ -43,7 +43,9 @@ class Row:
     """One line of the leaderboard; None where no finished run recorded the number.
 
     Accuracy, sparsity and ratios are shares (0..1), `bytes` and `peak_memory` are bytes, `seconds` are those of the clock,
-    `cpu_seconds` those of all cores. Ratios are relative to the un-narrowed dense net. All are means over the finished seeds.
+    `cpu_seconds` those of all cores. Ratios are relative to the un-narrowed dense net, of training to
+    that of the dense runs of the comparison (without one, to dense training of the same length). All are means over the
+    finished seeds.
     """
 
     label: str
@@ -74,6 +76,11 @@ class Row:
     epochs: float | None = None
     against: dict[str, Difference | None] = field(default_factory=dict)
 
+    @property
+    def level(self) -> float | None:
+        """The sparsity at which this row stands: the one asked for, or where none can be, the one reached; None for dense."""
+        return self.sparsity_asked if self.sparsity_asked is not None else self.sparsity or None
+
 
 def leaderboard(comparison: Comparison) -> list[Row]:
     """Average the finished runs of each method and sparsity over their seeds.
@@ -102,8 +109,9 @@ def leaderboard(comparison: Comparison) -> list[Row]:
         family = {key: paired(finished[key], finished[base]) for key in groups if key[1] == sparsity and key != base}
         for key, difference in corrected(family).items():
             differences[key][name] = difference
-    rows = [_row(key, groups[key], differences[key]) for key in groups]
-    return sorted(rows, key=lambda row: (row.sparsity_asked or 0.0, row.n == 0, -(row.accuracy or 0.0), row.label))
+    dense = dense_training(comparison.runs)
+    rows = [_row(key, groups[key], differences[key], dense) for key in groups]
+    return sorted(rows, key=lambda row: (row.level or 0.0, row.n == 0, -(row.accuracy or 0.0), row.label))
 
 
 def write_table(path: str | Path, comparison: Comparison, rows: Sequence[Row]) -> Path:
@@ -120,7 +128,9 @@ def write_table(path: str | Path, comparison: Comparison, rows: Sequence[Row]) -
     return Path(path)
 
 
-def _row(key: tuple[str, float | None], runs: Sequence[Run], against: dict[str, Difference | None]) -> Row:
+def _row(
+    key: tuple[str, float | None], runs: Sequence[Run], against: dict[str, Difference | None], dense: float | None
+) -> Row:
     finished = [run for run in runs if run.finished and run.result is not None]
     results = [run.result for run in finished if run.result is not None]
     method = next((run.method for run in (*finished, *runs) if run.method), key[0])
@@ -146,7 +156,9 @@ def _row(key: tuple[str, float | None], runs: Sequence[Run], against: dict[str, 
         flops=_mean(results, lambda result: result.flops),
         flops_ratio=_mean(results, lambda result: _ratio(result.flops, result.flops_dense)),
         training_flops=_mean(results, lambda result: result.training_flops),
-        training_flops_ratio=_mean(results, lambda result: _ratio(result.training_flops, result.training_flops_dense)),
+        training_flops_ratio=_mean(
+            results, lambda result: _ratio(result.training_flops, dense or result.training_flops_dense)
+        ),
         parameters=_mean(results, lambda result: result.parameters),
         parameters_ratio=_mean(results, lambda result: _ratio(result.parameters, result.parameters_dense)),
         bytes=stored[smallest] if smallest else None,

@@ -203,7 +203,7 @@ def _run(run: Run, most: int, columns: int, shapes: dict[Any, int]) -> dict[str,
 
 
 def _row(row: Row) -> dict[str, Any]:
-    flat = _rounded(asdict(row))
+    flat = _rounded({**asdict(row), "level": row.level})
     flat["against"] = {}
     for name in BASELINES:
         found = row.against.get(name)

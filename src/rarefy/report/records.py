@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -81,6 +82,20 @@ class Result(BaseModel):
         if self.status == "finished" and lacking:
             raise ValueError(f"a finished run must give {', '.join(lacking)}")
         return self
+
+
+def dense_training(runs: Iterable[Run]) -> float | None:
+    """Return the FLOPs that training the dense net took among these runs; None where no dense run finished.
+
+    What the others' training FLOPs are measured by: a run of more steps costs more, although of dense training of its own
+    length it is no larger part.
+    """
+    found = [
+        run.result.training_flops_dense
+        for run in runs
+        if run.finished and run.method == "dense" and run.result and run.result.training_flops_dense
+    ]
+    return sum(found) / len(found) if found else None
 
 
 def explain(error: ValidationError) -> str:

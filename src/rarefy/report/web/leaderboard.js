@@ -13,9 +13,10 @@ function againstTip(row, name) {
   return `${row.label} minus ${name}, ${found.n} seeds in common; p ${p(found.p)}, corrected for the number of methods (Holm) ${p(found.p_holm)}`;
 }
 const up = 1, down = -1; // which way is better
+const FEW = 12; // runs that did not finish and are listed at once
 const COLUMNS = [
   { key: "label", text: "Method", value: (r) => r.label, cell: (r) => [swatch(r.label), r.label] },
-  { key: "sparsity", text: "Sparsity", value: (r) => r.sparsity_asked ?? 0, cell: (r) => two(percent(r.sparsity_asked ?? 0), r.sparsity === 0 && r.parameters_ratio < 1 ? "smaller net" : r.sparsity !== null && Math.abs(r.sparsity - (r.sparsity_asked ?? 0)) > 5e-6 ? `got ${percent(r.sparsity, 2)}` : null),
+  { key: "sparsity", text: "Sparsity", value: (r) => r.level ?? 0, cell: (r) => r.sparsity_asked === null ? two(percent(r.level ?? 0, 2), r.level === null ? null : "its own") : two(percent(r.sparsity_asked), r.sparsity === 0 && r.parameters_ratio < 1 ? "smaller net" : r.sparsity !== null && Math.abs(r.sparsity - r.sparsity_asked) > 5e-6 ? `got ${percent(r.sparsity, 2)}` : null),
     tip: "fraction of zeros asked for; below it what the prunable layers really have" },
   { key: "accuracy", text: "Accuracy, %", better: up, value: (r) => r.accuracy, cell: (r) => [points(r.accuracy)], after: (r) => (r.accuracy_sd === null ? null : el("span", { class: "sd" }, ` \u00b1 ${points(r.accuracy_sd)}`)), tip: "mean and standard deviation over seeds" },
   { key: "n", text: "Seeds", value: (r) => r.n, cell: (r) => (r.n === r.total ? String(r.n) : `${r.n} of ${r.total}`), tip: "finished runs" },
@@ -25,8 +26,7 @@ const COLUMNS = [
   { key: "training_flops_ratio", text: "Training FLOPs", better: down, value: (r) => r.training_flops_ratio, cell: (r) => times(r.training_flops_ratio), after: (r) => el("small", {}, si(r.training_flops)), tip: "of the whole training, relative to training the dense net" },
   { key: "parameters", text: "Parameters", better: down, value: (r) => r.parameters, cell: (r) => si(r.parameters), after: (r) => el("small", {}, percent(r.parameters_ratio, 2)), tip: "kept, of all parameters" },
   { key: "bytes", text: "Size", better: down, value: (r) => r.bytes, cell: (r) => si(r.bytes, "B"), after: (r) => el("small", {}, r.storage === "csr" ? "CSR" : r.storage || ""), tip: "of the smallest of the storage formats dense, bit mask and CSR" },
-  { key: "seconds", text: "Time", better: down, value: (r) => r.seconds, cell: (r) => duration(r.seconds), tip: "measured, of a whole run" },
-  { key: "cpu_seconds", text: "CPU time", better: down, value: (r) => r.cpu_seconds, cell: (r) => duration(r.cpu_seconds), tip: "measured, of a whole run: seconds of all cores together, which other work on the machine does not lengthen" },
+  { key: "seconds", text: "Time", better: down, value: (r) => r.seconds, cell: (r) => duration(r.seconds), after: (r) => (r.cpu_seconds === null ? null : el("small", {}, `CPU ${duration(r.cpu_seconds)}`)), tip: "measured, of a whole run; below it what all cores together spent on it, which does not grow where the machine does other work too" },
   { key: "peak_memory", text: "Peak memory", better: down, value: (r) => r.peak_memory, cell: (r) => si(r.peak_memory, "B"), tip: "measured, of the process" },
 ];
 const EVALUATED = [...new Set(DATA.rows.flatMap((row) => Object.keys(row.evaluations)))]; // what `evaluate` asked for, shares
@@ -61,7 +61,8 @@ function drawLeaderboard() {
   node.append(el("p", { class: "key" }, el("span", { class: "best" }, "best"), "\u2002\u2002at its sparsity, dense left out \u00b7 ", "\u00b1 standard deviation over seeds \u00b7 ",
     "differences in points, paired by seed, with 95 % t-interval; * p < 0.05 after Holm\u2019s correction \u00b7 \u00d7 relative to the dense net \u00b7 FLOPs are counted from the masks; only time and memory are measured"));
   const problems = DATA.runs.filter((run) => run.status !== "finished");
-  if (problems.length) node.append(el("div", { class: "fail", id: "problems" }, el("h3", {}, `Not counted (${problems.length})`), el("ul", {}, problems.map((run) => el("li", {}, el("b", {}, run.name), ": ", run.reason || run.status)))));
+  if (problems.length) node.append(el("div", { class: "fail", id: "problems" }, el("h3", {}, `Not counted (${problems.length})`),
+    el("details", { open: problems.length <= FEW }, el("summary", {}, "Which, and why"), el("ul", {}, problems.map((run) => el("li", {}, el("b", {}, run.name), ": ", run.reason || run.status))))));
 
   function sort(column) {
     const first = column.better === up || column.key === "static" || column.key === "small-dense" ? "descending" : "ascending";

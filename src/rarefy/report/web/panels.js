@@ -1,7 +1,7 @@
 // Accuracy against sparsity, what it costs, learning curves, layers, mask overlap.
 function drawAccuracy() {
   const rows = DATA.rows.filter((row) => row.accuracy !== null);
-  const sparse = rows.filter((row) => row.sparsity_asked !== null);
+  const sparse = rows.filter((row) => row.level !== null);
   if (!sparse.length) return;
   const { node, tools } = section("accuracy", "Accuracy and sparsity", "Mean test accuracy over seeds; whiskers and the band of the dense net are one standard deviation. Methods at one sparsity stand side by side so that their whiskers can be told apart.");
   const hidden = new Set();
@@ -17,7 +17,7 @@ function drawAccuracy() {
   const draw = live(() => {
     const width = widthOf(host), height = width > 800 ? 400 : 340, left = 58, right = 74, top = 34, bottom = 46;
     const shown = sparse.filter((row) => !hidden.has(row.label));
-    const dense = rows.filter((row) => row.sparsity_asked === null && !hidden.has(row.label));
+    const dense = rows.filter((row) => row.level === null && !hidden.has(row.label));
     const sd = (row) => row.accuracy_sd || 0;
     const ends = [...shown, ...dense].flatMap((row) => [row.accuracy - sd(row), row.accuracy + sd(row)]);
     if (!ends.length) { host.replaceChildren(el("p", { class: "empty" }, "All methods are hidden.")); return; }
@@ -25,7 +25,8 @@ function drawAccuracy() {
     if (zoom === "upper") low = Math.max(low, 2 * middle - high - (high - middle) * 2);
     const pad = (high - low || 0.01) * 0.08;
     low = Math.max(0, low - pad); high = Math.min(1, high + pad);
-    const levels = [...new Set(sparse.map((row) => row.sparsity_asked))].sort((a, b) => a - b);
+    const levels = [...new Set(sparse.map((row) => row.level))].sort((a, b) => a - b);
+    const asked = [...new Set(sparse.map((row) => row.sparsity_asked))].filter((level) => level !== null).sort((a, b) => a - b);
     const density = (s) => 1 - Math.min(s, 0.99999);
     const room = levels.length > 1 ? 0.09 * (width - left - right) : 0;
     // equal steps for equal ratios of kept weights
@@ -34,7 +35,7 @@ function drawAccuracy() {
     const y = scale(low, high, height - bottom, top);
     const { root, layer } = frame(host, {
       width, height, left, right, top, bottom, label: "Accuracy against sparsity, one line per method",
-      x: { map: x, ticks: levels, text: (s) => percent(s), label: "sparsity: fraction of zeros in the prunable layers" },
+      x: { map: x, ticks: asked.length ? asked : levels, text: (s) => percent(s), label: "sparsity: fraction of zeros in the prunable layers" },
       y: { map: y, ticks: ticks(low, high, 7), text: (v) => percent(v), label: "accuracy" },
     });
     let above = -Infinity;
@@ -46,19 +47,22 @@ function drawAccuracy() {
       above = at;
     }
     const order = labels.filter((label) => shown.some((row) => row.label === label));
-    const gap = Math.min(11, levels.length > 1 ? (0.62 * (x(levels[1]) - x(levels[0]))) / order.length : 40, order.length > 1 && room ? (1.6 * room) / order.length : 11);
+    const gap = Math.min(11, asked.length > 1 ? (0.62 * (x(asked[1]) - x(asked[0]))) / order.length : 40, order.length > 1 && room ? (1.6 * room) / order.length : 11);
+    const under = []; // where numbers of points off the axis stand
     order.forEach((label, index) => {
       const style = styleOf(label), shift = (index - (order.length - 1) / 2) * gap;
-      const mine = shown.filter((row) => row.label === label).sort((a, b) => a.sparsity_asked - b.sparsity_asked);
+      const mine = shown.filter((row) => row.label === label).sort((a, b) => a.level - b.level);
       const group = svg("g", { class: `c${style.colour}`, "data-label": label });
-      group.append(svg("path", { class: "trace", opacity: 0.75, "stroke-dasharray": style.dash, d: mine.map((row, n) => `${n ? "L" : "M"}${x(row.sparsity_asked) + shift},${y(row.accuracy)}`).join("") }));
+      group.append(svg("path", { class: "trace", opacity: 0.75, "stroke-dasharray": style.dash, d: mine.map((row, n) => `${n ? "L" : "M"}${x(row.level) + shift},${y(row.accuracy)}`).join("") }));
       for (const row of mine) {
-        const at = x(row.sparsity_asked) + shift, below = row.accuracy < low;
-        const face = { tabindex: 0, role: "img", "data-value": row.accuracy, "aria-label": `${label} at ${percent(row.sparsity_asked)}: ${points(row.accuracy)} % plus or minus ${points(row.accuracy_sd)}` };
-        const title = `${label} at ${percent(row.sparsity_asked)}`;
+        const at = x(row.level) + shift, below = row.accuracy < low;
+        const face = { tabindex: 0, role: "img", "data-value": row.accuracy, "aria-label": `${label} at ${percent(row.level)}: ${points(row.accuracy)} % plus or minus ${points(row.accuracy_sd)}` };
+        const title = `${label} at ${percent(row.level)}`;
         if (below) { // off the zoomed axis: an arrow with the number
+          const rise = 14 * under.filter((other) => Math.abs(other - at) < 52).length;
+          under.push(at);
           root.append(withTip(svg("g", { class: `c${style.colour}`, ...face }, svg("path", { class: "mark", d: MARKS.down(6), transform: `translate(${at} ${height - bottom - 8})` }),
-            svg("text", { x: at - 10, y: height - bottom - 5, "text-anchor": "end" }, `${points(row.accuracy)}`)), title, pointTip(row)));
+            svg("text", { x: at - 10, y: height - bottom - 5 - rise, "text-anchor": "end" }, `${points(row.accuracy)}`)), title, pointTip(row)));
           continue;
         }
         const mark = svg("g", face);
@@ -83,13 +87,15 @@ function drawCost() {
   const levels = [...new Set(DATA.rows.map((row) => row.sparsity_asked))].filter((level) => level !== null);
   let level = levels.length ? levels[levels.length - 1] : null;
   if (levels.length > 1) tools.append(switcher("Sparsity", levels.map((value) => ({ value: String(value), text: percent(value) })), String(level), (value) => { level = Number(value); draw(); }));
+  const timed = DATA.rows.every((row) => row.n === 0 || row.cpu_seconds !== null); // older runs have the clock's time only
+  const nameWidth = Math.min(150, Math.max(98, 14 + 7 * highest(DATA.labels.map((label) => label.length))));
   const charts = [
     ["FLOPs of inference", (r) => r.flops_ratio, times, (r) => [["FLOPs", si(r.flops)]]],
     ["FLOPs of training", (r) => r.training_flops_ratio, times, (r) => [["FLOPs", si(r.training_flops)]]],
     ["Parameters kept", (r) => r.parameters, (v) => si(v), (r) => [["parameters", whole(r.parameters)], ["of dense", percent(r.parameters_ratio, 2)]]],
     ["Size, smallest format", (r) => r.bytes, (v) => si(v, "B"), (r) => ["dense", "bitmask", "csr"].filter((kind) => r.storage_bytes[kind] !== undefined).map((kind) => [kind === "csr" ? "CSR" : kind === "bitmask" ? "bit mask" : kind, si(r.storage_bytes[kind], "B")])],
-    ["Time of a run, measured", (r) => r.seconds, duration, (r) => [["seconds", tidy(r.seconds)]]],
-    ["CPU time of a run, measured", (r) => r.cpu_seconds, duration, (r) => [["seconds of all cores", tidy(r.cpu_seconds)]]],
+    timed ? ["CPU time of a run, measured", (r) => r.cpu_seconds, duration, (r) => [["of all cores", duration(r.cpu_seconds)], ["on the clock", duration(r.seconds)]]]
+      : ["Time of a run, measured", (r) => r.seconds, duration, (r) => [["seconds", tidy(r.seconds)]]],
     ["Peak memory, measured", (r) => r.peak_memory, (v) => si(v, "B"), (r) => [["bytes", whole(r.peak_memory)]]],
   ].map(([title, value, text, more]) => ({ title, value, text, more, host: el("div", { "data-chart": title }) }));
   node.append(el("div", { class: "small" }, charts.map((chart) => el("div", {}, el("h3", {}, chart.title), chart.host))));
@@ -99,7 +105,7 @@ function drawCost() {
       const present = rows.filter((row) => value(row) !== null);
       if (!present.length) { host.replaceChildren(el("p", { class: "empty" }, "Not recorded.")); continue; }
       bars(host, present.map((row) => ({ name: row.label, value: value(row), text: text(value(row)), colour: `c${styleOf(row.label).colour}`, tip: more(row), title: row.label })),
-        { highest: highest(present.map(value)), label: title, rowHeight: 22, nameWidth: 98, valueWidth: 76 });
+        { highest: highest(present.map(value)), label: title, rowHeight: 22, nameWidth, valueWidth: 76 });
     }
   });
 }
@@ -167,8 +173,8 @@ function drawOverlap(parent) {
   const draw = live(() => {
     const width = widthOf(host), count = matrix.names.length;
     const name = Math.min(130, 16 + 7.2 * Math.max(...matrix.names.map((text) => text.length)));
-    const cell = Math.max(20, Math.min(84, (width - name - 8) / count)), tall = Math.min(cell, 46);
-    const tilted = Math.max(...matrix.names.map((text) => Math.min(12, text.length))) * 7.2 + 6 > cell, top = tilted ? 74 : 26;
+    const heading = Math.max(...matrix.names.map((text) => Math.min(12, text.length))) * 7.2 + 6, tilted = heading > (width - name - 8) / count;
+    const cell = Math.max(11, Math.min(84, (width - name - (tilted ? 34 : 8)) / count)), tall = Math.min(cell, 46), top = tilted ? 74 : 26; // the last tilted name leans out
     const root = svg("svg", { class: "plot heat", viewBox: `0 0 ${width} ${top + count * tall + 6}`, role: "img", "aria-label": matrix.title });
     matrix.names.forEach((text, row) => {
       root.append(svg("text", { class: "name", x: name - 8, y: top + row * tall + tall / 2 + 4, "text-anchor": "end" }, short(text, Math.floor(name / 7.2))));

@@ -114,8 +114,9 @@ function lineChart(host, series, { yText, yLabel, log, height = 300, label, mark
     if (zero) low = 0; else low -= pad;
     high += pad;
   }
-  const first = lowest(steps), room = (highest(steps) - first || 1) * 0.015;
-  const x = scale(Math.max(0, first - room), highest(steps) + room, left, width - right);
+  const last = highest(steps), first = lowest(steps) < last ? lowest(steps) : 0; // a single step says nothing about its scale
+  const room = (last - first || 1) * 0.015;
+  const x = scale(Math.max(0, first - room), last + room, left, width - right);
   const y = scale(low, high, height - bottom, top, log);
   const rows = Math.max(3, Math.round(height / 60));
   const { root, layer } = frame(host, {
