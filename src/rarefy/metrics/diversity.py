@@ -108,7 +108,7 @@ def transposable_masks(n: int, m: int) -> int:
 
 def _rows(wants: tuple[int, ...], n: int) -> list[tuple[tuple[int, ...], int]]:
     """Ways to put n ones into columns that want 1, 2, ... more: how many of each kind, and how many rows that makes."""
-    found = [((), 1, n)]
+    found: list[tuple[tuple[int, ...], int, int]] = [((), 1, n)]
     for here in wants[1:]:
         found = [
             ((*chosen, k), ways * math.comb(here, k), rest - k)
