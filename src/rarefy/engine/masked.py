@@ -352,9 +352,7 @@ class MaskedLayer(Layer):
         device = self.parameter.device
         mask = kernels.unpack_mask(state["mask"], self.shape).to(device)
         if self._loaded is not None and self._loaded[1] == self.parameter._version:
-            self.parameter.copy_(
-                self._loaded[0]
-            )  # the weights came first, and were zeroed by a mask that was not theirs
+            self.parameter.copy_(self._loaded[0])  # they came first, and were zeroed by a mask that was not theirs
         self._mask, self._nnz, self._dead = mask, int(mask.sum()), None
         ever = state["explored"]
         self._ever = None if ever is None else kernels.unpack_mask(ever, self.shape).to(device)
