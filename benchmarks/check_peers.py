@@ -1,10 +1,11 @@
-"""Does every installed peer compute what it should? One small product each.
+"""Does every installed peer compute what it should? One small product each, and tiles of a transposable mask.
 
 python benchmarks/check_peers.py
 """
 
 import numpy as np
 
+import transposable
 from peers import NAMES, Peer, installed
 
 if __name__ == "__main__":
@@ -25,3 +26,9 @@ if __name__ == "__main__":
                 expected = weight @ x if form == "planes" else x @ weight.T
                 error = np.abs(peer.output().reshape(expected.shape) - expected).max()
                 print(f"{name} {form} {x.shape}: error {error:.1e}, {np.median(peer.samples(5)) * 1e6:.1f} us")
+    if transposable.ORTOOLS.exists():
+        tiles = transposable.normal_tiles(8, 20)
+        equal = (transposable.ortools(tiles, 4)[0] == transposable.native("exact")(tiles, 4)).all()
+        print(f"ortools: {'the same' if equal else 'OTHER'} masks of 4:8 in both directions")
+    else:
+        print("ortools: not installed (make bench-peers)")

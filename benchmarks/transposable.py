@@ -161,6 +161,11 @@ def compare(tiles: Tensor, n: int, repeats: int) -> None:
         print("| min-cost flow | OR-Tools is not installed: make bench-peers | | | |")
 
 
+def whole_matrix(n: int, m: int, solver: str, repeats: int) -> float:
+    weight = torch.randn(4096, 4096, generator=torch.Generator().manual_seed(0)).abs()
+    return best_time(lambda: transposable_nm(weight, n, m, solver), repeats)[1]
+
+
 def check(n: int, m: int, count: int) -> None:
     if not ORTOOLS.exists():
         print(f"{n}:{m}: not compared with OR-Tools, which is not installed: make bench-peers")
@@ -196,9 +201,10 @@ def main() -> None:
         for name, tiles in (("normal", normal_tiles(m, options.tiles)), ("ResNet-20", trained_tiles(m, options.tiles))):
             print(f"\n{pattern}, {name}, {len(tiles)} tiles", end="")
             compare(tiles, n, options.repeats)
-        weight = torch.randn(4096, 4096, generator=torch.Generator().manual_seed(0)).abs()
-        _, seconds = best_time(lambda w=weight, n=n, m=m: transposable_nm(w, n, m), options.repeats)
-        print(f"\n4096 x 4096 at {pattern}, fast: {seconds:.4f} s")
+        for threads in sorted({1, options.threads}):
+            torch.set_num_threads(threads)
+            fast, exact = (1000 * whole_matrix(n, m, solver, options.repeats) for solver in ("fast", "exact"))
+            print(f"\n4096 x 4096 at {pattern}, {threads} thread(s): fast {fast:.1f} ms, exact {exact:.1f} ms")
 
 
 if __name__ == "__main__":

@@ -131,7 +131,7 @@ private:
     int n_, m_, shift_[G];
     alignas(64) N lines_[L][L] = {};
     TileFlow<T, L> flow_[G];
-    TilePrices<L> prices_;
+    TilePrices<L> prices_{};
 };
 
 template <class T, class N, class X>
@@ -166,7 +166,7 @@ template <class T, class N, class X> bool solve_pairs(const X* x, std::uint8_t* 
         }
         for (std::size_t at = 0; at < 16; ++at)
             for (std::size_t g = 0; g < lanes; ++g)
-                pairs.q[at / 4][at % 4][g] = rounded<T>(scores[at][g] * first[g] * second[g]);
+                pairs.q[at / 4][at % 4][g] = top[g] < infinity<N> ? rounded<T>(scores[at][g] * first[g] * second[g]) : T{0};
         pairs.solve();
         for (std::size_t g = 0; g < here; ++g) {
             const std::size_t start = (t + g) * run.tile;

@@ -133,7 +133,7 @@ private:
 template <class X>
 bool transposable(const X* x, std::size_t rows, std::size_t columns, std::size_t positions, std::size_t n, std::size_t m,
                   TileSolver solver, std::uint8_t* mask, std::size_t threads) {
-    const std::size_t bands = rows / m, line = columns * positions;
+    if (rows == 0 || columns == 0 || positions == 0) return true;
     std::atomic<bool> fine{true};
     const auto solve = [&](std::size_t at, const TileRun& run) {
         if (solver == TileSolver::fast) return table<X>().fast(x + at, mask + at, run, n, m);
@@ -143,20 +143,22 @@ bool transposable(const X* x, std::size_t rows, std::size_t columns, std::size_t
             if (!cover.solve(x + at + t * run.tile, mask + at + t * run.tile, run)) return false;
         return true;
     };
-    // A run is a part of a band of m rows, or all positions of one tile.
-    const std::size_t across = positions == 1 ? 1 : columns / m, length = positions == 1 ? columns / m : positions;
-    const std::size_t parts = pieces(bands * across * length * m * m, threads, std::size_t{1} << 12);
-    const std::size_t split = bands * across >= parts ? 1 : std::min(length, (parts + bands * across - 1) / (bands * across));
-    const std::size_t runs = bands * across * split;
-    const Cuts cut{runs, 1, std::min(parts, runs)};
+    // A run is a part of a band of m rows, or all positions of one tile, or tiles that stand one below the other.
+    const bool stacked = positions == 1 && columns == m;
+    const std::size_t groups = stacked ? 1 : positions == 1 ? rows / m : rows / m * (columns / m);
+    const std::size_t across = groups * m / rows, length = rows / m * (columns / m) * positions / groups;
+    const TileRun whole{length, stacked ? m * m : positions == 1 ? m : 1, columns * positions, positions};
+    const std::size_t parts = pieces(rows * columns * positions, threads, std::size_t{1} << 12);
+    const std::size_t split = groups >= parts ? 1 : std::min(length, (parts + groups - 1) / groups);
+    const Cuts cut{groups * split, 1, std::min(parts, groups * split)}, along{length, 16, split};
     parallel(cut.parts, threads, [&](std::size_t part) {
         for (std::size_t r = cut(part); r < cut(part + 1) && fine; ++r) {
-            const std::size_t band = r / (across * split), tile = r / split % across;
-            const Cuts along{length, 1, split};
-            const std::size_t from = along(r % split), count = along(r % split + 1) - from;
-            const TileRun run{count, positions == 1 ? m : 1, line, positions};
-            const std::size_t start = band * m * line + tile * m * positions + from * run.tile;
-            if (!solve(start, run)) fine = false;
+            const std::size_t group = r / split, from = along(r % split), to = along(r % split + 1);
+            TileRun run = whole;
+            run.tiles = to - from;
+            const std::size_t corner = stacked || positions == 1 ? group * m * columns
+                                                                 : (group / across * m * columns + group % across * m) * positions;
+            if (run.tiles > 0 && !solve(corner + from * run.tile, run)) fine = false;
         }
     });
     return fine;

@@ -34,8 +34,8 @@ class Magnitude(Method):
         sparsity: fraction of zeros over the sparse layers, in [0, 1). Default 0.9.
         allocation: "global" (default: one ranking over all layers), "lamp", "uniform", "uniform+", "er", "erk", or
             sparsities by layer-name glob.
-        pattern: "unstructured" (default), "N:M", "RxC", "channel", "column", "fan-in", "groupG"; a unit is
-            scored by its sum of |w|.
+        pattern: "unstructured" (default), "N:M", "N:Mt" (along rows and columns at once), "RxC", "channel", "column",
+            "fan-in", "groupG"; a unit is scored by its sum of |w|.
         start: when to prune. 0 (default): at once, for a trained network. An int is a step, a float in [0, 1] a
             fraction of total_steps, for a network that is still to be trained.
 
@@ -86,8 +86,8 @@ class Gradual(Method):
         sparsity: s_f, the final fraction of zeros, in [0, 1). Default 0.9.
         initial: s_i. Default 0.
         allocation: "uniform" (default, the paper's), "uniform+", "er", "erk", "global", "lamp", or sparsities by glob.
-        pattern: "unstructured" (default), "N:M" (m:m, m-1:m, ... n:m), "RxC", "channel", "column", "fan-in",
-            "groupG".
+        pattern: "unstructured" (default), "N:M" (m:m, m-1:m, ... n:m), "N:Mt" (the same along rows and columns at once),
+            "RxC", "channel", "column", "fan-in", "groupG".
         curve: "cubic" (default), "linear", "cosine", "exponential", "one-shot".
         every: steps between updates. Default 100 (the paper: 100 to 1000).
         start, stop: t0 and t1; an int is a step, a float in [0, 1] a fraction of total_steps. Defaults 0.1 and 0.7:
