@@ -19,7 +19,7 @@ class Diversity(NamedTuple):
     Attributes:
         exact: their number.
         formula: what "Accelerated sparse neural training" (arXiv 2102.08124) counts. The same, but for transposable N:M, where
-            it is (M! (M-1)! ... (M-N+1)!) per tile: an overcount, by 1.6 for 2:4 and by 150 for 4:8.
+            it is (M! (M-1)! ... (M-N+1)!) per tile: 1.6 times too many for 2:4, 150 times for 4:8, too few for 2:16.
     """
 
     exact: int
