@@ -41,7 +41,8 @@ void gather(const Matrix<const float>& weight, const Index& index, const Used& u
     n_m_gather(w, weight.data(), values.data(), threads);
 }
 
-void scatter(const Floats& values, const Index& index, const Used& used, std::size_t steps, const Matrix<float>& weight, std::size_t threads) {
+void scatter(const Floats& values, const Index& index, const Used& used, std::size_t steps, const Matrix<float>& weight,
+             std::size_t threads) {
     const NMShape shape = shape_of(weight.shape(0), weight.shape(1), steps);
     const NMWeight w = weight_of(shape, values, index, used_of(used, shape));
     const nb::gil_scoped_release unlocked;
@@ -81,8 +82,8 @@ void values_gradient(const Index& index, const Used& used, std::size_t steps, co
 void bind_n_m(nb::module_& m) {
     m.def("n_m_index", &make_index, nb::arg("mask").noconvert(), nb::arg("steps"), nb::arg("both"), nb::arg("index").noconvert(),
           nb::arg("used").noconvert(), nb::arg("threads"));
-    m.def("n_m_gather", &gather, nb::arg("weight").noconvert(), nb::arg("index").noconvert(), nb::arg("used").noconvert(), nb::arg("steps"),
-          nb::arg("values").noconvert(), nb::arg("threads"));
+    m.def("n_m_gather", &gather, nb::arg("weight").noconvert(), nb::arg("index").noconvert(), nb::arg("used").noconvert(),
+          nb::arg("steps"), nb::arg("values").noconvert(), nb::arg("threads"));
     m.def("n_m_scatter", &scatter, nb::arg("values").noconvert(), nb::arg("index").noconvert(), nb::arg("used").noconvert(), nb::arg("steps"),
           nb::arg("weight").noconvert(), nb::arg("threads"));
     m.def("n_m_forward", &forward, nb::arg("values").noconvert(), nb::arg("index").noconvert(), nb::arg("steps"), nb::arg("x").noconvert(),

@@ -21,7 +21,8 @@ inline __m512i load_line(const std::int32_t* p) { return _mm512_loadu_si512(p); 
 inline vf load_part(const float* p, std::size_t n) { return n == T ? load(p) : load_first(p, n); }
 
 // One tile of inputs: x times the tile's weights into the sums of one tile of outputs.
-template <std::size_t S> ALWAYS_INLINE void steps(const vf (&x)[S], const float* w, const std::int32_t* index, std::size_t n, vf (&sums)[S]) {
+template <std::size_t S>
+ALWAYS_INLINE void steps(const vf (&x)[S], const float* w, const std::int32_t* index, std::size_t n, vf (&sums)[S]) {
     for (; n >= NM_LINE; n -= NM_LINE, index += T, w += NM_LINE * T) {
         __m512i line = load_line(index);
 #pragma GCC unroll 4
@@ -170,9 +171,11 @@ void strips(const float* values, const std::int32_t* index, std::size_t steps, b
 }
 
 inline __m512i places(const std::int32_t* index, std::size_t step, std::size_t ld) {  // in the dense matrix, from the tile's corner
-    const __m512i line = _mm512_srl_epi32(load_line(index + step / NM_LINE * T), _mm_cvtsi32_si128(static_cast<int>(step % NM_LINE * 4)));
+    const __m128i shift = _mm_cvtsi32_si128(static_cast<int>(step % NM_LINE * 4));
+    const __m512i line = _mm512_srl_epi32(load_line(index + step / NM_LINE * T), shift);
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    return _mm512_add_epi32(_mm512_mullo_epi32(lanes, _mm512_set1_epi32(static_cast<int>(ld))), _mm512_and_epi32(line, _mm512_set1_epi32(15)));
+    return _mm512_add_epi32(_mm512_mullo_epi32(lanes, _mm512_set1_epi32(static_cast<int>(ld))),
+                            _mm512_and_epi32(line, _mm512_set1_epi32(15)));
 }
 
 constexpr std::size_t AHEAD = 8 * T;  // a tile is a line of each of 16 rows: no prefetcher sees them coming

@@ -11,7 +11,7 @@ namespace rarefy {
 namespace {
 
 constexpr std::size_t T = NM_TILE;
-constexpr std::size_t CACHED = std::size_t{384} << 10;  // bytes of weights, and of activations, that go over each other: half a second cache
+constexpr std::size_t CACHED = std::size_t{384} << 10;  // bytes of weights, and of activations, that meet in the second cache
 constexpr std::size_t DOT_SAMPLES = 64, MOST_PANELS = 6;  // so many tiles of inputs, of so many samples, stay in the first cache
 
 std::size_t up(std::size_t n, std::size_t by) { return (n + by - 1) / by; }
@@ -146,7 +146,8 @@ void product(std::size_t inputs, std::size_t outputs, std::size_t steps, const G
         const std::size_t first_group = samples(by_samples ? t : 0), end_group = samples(by_samples ? t + 1 : 1);
         const std::size_t first_pair = rows(by_samples ? 0 : t), end_pair = rows(by_samples ? 1 : t + 1);
         for (std::size_t p = first_pair; p < end_pair; p += block) {
-            const std::size_t end = std::min(end_pair, p + block), first = p * NM_OUTPUTS, count = std::min(out_tiles, end * NM_OUTPUTS) - first;
+            const std::size_t end = std::min(end_pair, p + block), first = p * NM_OUTPUTS;
+            const std::size_t count = std::min(out_tiles, end * NM_OUTPUTS) - first;
             if (first_group == end_group) break;
             const Panel w = panel(first, count);
             for (std::size_t g = first_group; g < end_group; g += chunk)
@@ -221,7 +222,8 @@ void n_m_by_tiles(const NMWeight& w, bool inverse, const float* x, std::size_t n
         for (std::size_t r = 0; r < s.row_tiles(); ++r)
             for (std::size_t c = 0; c < count; ++c) {
                 const std::size_t from = r * s.col_tiles() + first + c, to = c * s.row_tiles() + r;
-                k.turn(w.values + from * value_tile, w.index + from * index_tile, s.steps, values + to * value_tile, index + to * index_tile);
+                k.turn(w.values + from * value_tile, w.index + from * index_tile, s.steps, values + to * value_tile,
+                       index + to * index_tile);
             }
         return Panel{values, index, s.row_tiles() * value_tile, s.row_tiles() * index_tile};
     };
@@ -243,8 +245,8 @@ void n_m_values_gradient(const NMWeight& w, const float* x, const float* dy, std
     const std::size_t group = std::clamp<std::size_t>(NM_DOTS / s.steps, 1, MOST_PANELS);
     if (n == 0) std::fill(out, out + s.values(), 0.0f);
     // [tiles][samples][T], each panel a line longer than it is, so that panels do not share the lines of a cache set
-    const auto panels = [](const float* from, std::size_t width, std::size_t first, std::size_t tiles, std::size_t sample, std::size_t samples,
-                           float* to) {
+    const auto panels = [](const float* from, std::size_t width, std::size_t first, std::size_t tiles, std::size_t sample,
+                           std::size_t samples, float* to) {
         for (std::size_t i = 0; i < samples; ++i)
             for (std::size_t t = 0; t < tiles; ++t) {
                 const std::size_t at = (first + t) * T, here = std::min(T, width - at);
@@ -268,8 +270,8 @@ void n_m_values_gradient(const NMWeight& w, const float* x, const float* dy, std
                 panels(x, s.cols, c, tiles, sample, samples, xs);
                 for (std::size_t r = first; r < end; ++r) {
                     const std::size_t tile = r * s.col_tiles() + c;
-                    k.dots({xs, step, dys + (r - first) * step, samples, tiles, s.steps, w.index + tile * index_tile, out + tile * value_tile,
-                            sample != 0});
+                    k.dots({xs, step, dys + (r - first) * step, samples, tiles, s.steps, w.index + tile * index_tile,
+                            out + tile * value_tile, sample != 0});
                 }
             }
         }

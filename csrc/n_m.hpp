@@ -61,7 +61,8 @@ struct NMDots {
 struct NMKernels {
     bool permutes;  // a whole tile by one instruction
     // y[s][r] = act(bias[r] + sum of the weights of output r times x[s]) for s < samples and `outputs` tiles of outputs.
-    void (*product)(const NMRun&, std::size_t outputs, std::size_t samples, const float* x, std::size_t x_ld, float* y, std::size_t y_ld);
+    void (*product)(const NMRun&, std::size_t outputs, std::size_t samples, const float* x, std::size_t x_ld, float* y,
+                    std::size_t y_ld);
     void (*dots)(const NMDots&);
     // A tile as the transposed product wants it.
     void (*turn)(const float* values, const std::int32_t* index, std::size_t steps, float* to_values, std::int32_t* to_index);
@@ -70,8 +71,10 @@ struct NMKernels {
     void (*strips)(const float* values, const std::int32_t* index, std::size_t steps, bool inverse, std::size_t first, float* to_values,
                    std::uint16_t* to_offsets, std::size_t quad_step);
     // A tile's weights from a dense matrix, and back; `weight` is the tile's corner.
-    void (*gather)(const float* weight, std::size_t ld, const std::int32_t* index, const std::uint16_t* used, std::size_t steps, float* values);
-    void (*scatter)(const float* values, const std::int32_t* index, const std::uint16_t* used, std::size_t steps, float* weight, std::size_t ld);
+    void (*gather)(const float* weight, std::size_t ld, const std::int32_t* index, const std::uint16_t* used, std::size_t steps,
+                   float* values);
+    void (*scatter)(const float* values, const std::int32_t* index, const std::uint16_t* used, std::size_t steps, float* weight,
+                    std::size_t ld);
 };
 RAREFY_EVERY_LEVEL(extern const NMKernels n_m)
 
@@ -93,8 +96,10 @@ void n_m_scatter(const NMWeight& w, float* weight, std::size_t threads);        
 // Two ways to run a product; `n_m_forward` and `n_m_input_gradient` choose. With outputs in the lanes nothing is transposed or copied.
 // With samples in the lanes (the strips of the unstructured kernel) a multiply-add takes its inputs from the first cache instead of
 // permuting them; the weights are spread out for it anew in every call. `inverse`: with the transposed weight.
-void n_m_by_tiles(const NMWeight& w, bool inverse, const float* x, std::size_t n, const float* bias, Act act, float* y, std::size_t threads);
-void n_m_by_strips(const NMWeight& w, bool inverse, const float* x, std::size_t n, const float* bias, Act act, float* y, std::size_t threads);
+void n_m_by_tiles(const NMWeight& w, bool inverse, const float* x, std::size_t n, const float* bias, Act act, float* y,
+                  std::size_t threads);
+void n_m_by_strips(const NMWeight& w, bool inverse, const float* x, std::size_t n, const float* bias, Act act, float* y,
+                   std::size_t threads);
 
 // x [n][cols] -> y [n][rows]
 void n_m_forward(const NMWeight& w, const float* x, std::size_t n, const float* bias, Act act, float* y, std::size_t threads);

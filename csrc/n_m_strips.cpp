@@ -37,8 +37,8 @@ void spread(const NMWeight& w, bool inverse, const Spread& to, std::size_t threa
             for (std::size_t i = 0; i < to.tiles_in(b); ++i) {
                 const std::size_t in = b * to.block + i, tile = inverse ? in * cols + o : o * cols + in;
                 const std::size_t at = to.at(b, o) + i * to.steps * QUAD;
-                k.strips(w.values + tile * value_tile, w.index + tile * index_tile, to.steps, inverse, i * T, to.values + at, to.offsets + at,
-                         to.quad_step(b));
+                k.strips(w.values + tile * value_tile, w.index + tile * index_tile, to.steps, inverse, i * T, to.values + at,
+                         to.offsets + at, to.quad_step(b));
             }
     });
 }
@@ -68,7 +68,8 @@ void n_m_by_strips(const NMWeight& w, bool inverse, const float* x, std::size_t 
     const std::size_t parts = std::min(out_tiles, std::max(up(sums_bytes, SUM_BYTES), count >= 3 * threads ? 1 : threads));
     const Cuts cut{out_tiles, 1, parts};
     for (std::size_t p = 0; p < parts; ++p)  // rows count from their part's first
-        for (std::size_t i = cut(p) * T; i < cut(p + 1) * T; ++i) rows[i] = i < outputs ? static_cast<std::uint32_t>(i - cut(p) * T) : NO_ROW;
+        for (std::size_t i = cut(p) * T; i < cut(p + 1) * T; ++i)
+            rows[i] = i < outputs ? static_cast<std::uint32_t>(i - cut(p) * T) : NO_ROW;
     parallel(count * parts, threads, [&](std::size_t task) {
         const std::size_t tile = task / parts, part = task % parts;
         const std::size_t from = vectors * tile / count, to = vectors * (tile + 1) / count, width = (to - from) * lanes;

@@ -27,7 +27,8 @@ Weight weight(std::size_t rows, std::size_t cols, std::size_t steps, bool both) 
         for (std::size_t c = 0; c < cols; c += 16) {
             std::size_t in_row[16] = {}, in_col[16] = {};
             for (std::size_t i = 0; i < tries; ++i) {
-                const std::size_t a = pick(0, std::min<std::size_t>(15, rows - r - 1)), b = pick(0, std::min<std::size_t>(15, cols - c - 1));
+                const std::size_t a = pick(0, std::min<std::size_t>(15, rows - r - 1));
+                const std::size_t b = pick(0, std::min<std::size_t>(15, cols - c - 1));
                 std::uint8_t& kept = mask[(r + a) * cols + c + b];
                 if (kept != 0 || in_row[a] == steps || (both && in_col[b] == steps)) continue;
                 kept = 1;
