@@ -32,9 +32,10 @@ def sparsify(
     """Make a model sparse, in place, and keep it so while it trains.
 
     Names, shapes and state-dict keys stay (with masked storage); the training loop stays as it is: the work is done in hooks
-    on the optimizer. Methods that train masks (`movement`, `trainable-threshold`, `lottery-jackpots`) compute with other
-    weights than they train: until `finalize()`, "fc.weight" is "fc.parametrizations.weight.original" in the state dict, and
-    what they train beside it has joined the optimizer (see `rarefy.nn.Reparametrisation`).
+    on the optimizer. Methods that train masks (`movement`, `trainable-threshold`, `lottery-jackpots`) or N:M weights (`ste`,
+    `sr-ste`, `t-mask`, `bdwp`, `pgf`) compute with other weights than they train: until `finalize()`, "fc.weight" is
+    "fc.parametrizations.weight.original" in the state dict, and what they train beside it has joined the optimizer (see
+    `rarefy.nn.Reparametrisation`).
 
     Args:
         model: any module that holds Linear, Conv1d/2d/3d, Embedding, MultiheadAttention or RNN weights. Biases and norms
@@ -43,7 +44,8 @@ def sparsify(
         sparsity: fraction of zeros over the sparse layers, in [0, 1).
         optimizer: the optimizer, or several, that will train the model. Without one call `sparse.step()` after each step.
         include, exclude: which layers: a name glob ("blocks.*"), a compiled regular expression, a module type, a
-            predicate(name, module), or a list of these. What matches nothing is an error.
+            predicate(name, module), or a list of these. What matches nothing is an error, and so is a layer that the pattern
+            does not fit; methods of N:M training leave such layers dense, listed with the reason, where `include` is not given.
         calibration: batches for methods that look at data before training.
         loss: `loss(model, batch) -> scalar` for those; by default the cross-entropy of a batch (x, y).
         total_steps: optimizer steps of the whole run; schedules given as fractions need it.

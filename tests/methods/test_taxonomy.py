@@ -11,7 +11,7 @@ from torch import nn
 
 import rarefy
 from rarefy.engine import FAMILIES, Method
-from rarefy.patterns import parse_pattern
+from rarefy.patterns import Pattern, parse_pattern
 from tests.engine.common import backward, batch, mlp
 
 DOCS = Path(__file__).parents[2] / "docs" / "taxonomy.md"
@@ -52,9 +52,20 @@ def level(name: str) -> float:
     return SPARSITY if fixed is None else fixed
 
 
+def fits(pattern: Pattern, shape: torch.Size) -> bool:
+    try:
+        pattern.check(shape)
+    except rarefy.errors.PatternError:
+        return False
+    return True
+
+
 def probe(name: str) -> tuple[rarefy.Sparsifier, list[int], list[dict[str, torch.Tensor]]]:
     """Train a few steps; return the sparsifier, kept weights and masks after every step (and before the first)."""
     model = mlp()
+    pattern = parse_pattern(getattr(METHODS[name], "pattern", "unstructured"))
+    if not any(fits(pattern, p.shape) for p in model.parameters()):  # tiles of 8 x 8
+        model[3], model[5] = nn.Linear(16, 24), nn.Linear(24, 5)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     options = {"sparsity": level(name), "every": 2}
     method = METHODS[name].make(**{k: v for k, v in options.items() if k in METHODS[name].__dataclass_fields__})
