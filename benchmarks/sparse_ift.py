@@ -77,8 +77,8 @@ def networks(args: argparse.Namespace) -> None:
                     label,
                     [r["accuracy"] for r in rows],
                     [r["flops"] / r["flops_dense"] for r in rows],
-                    rows[0]["parameters"],
-                    sum(layer["numel"] for layer in rows[0]["layers"]) or rows[0]["parameters"],
+                    sum(layer["kept"] for layer in rows[0]["layers"]),
+                    sum(layer["numel"] for layer in rows[0]["layers"]),
                     [r["seconds"] for r in rows],
                 )
 
