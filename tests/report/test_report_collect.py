@@ -86,7 +86,8 @@ def test_garbage_in_any_file_stops_nothing(tmp_path: Path, content: bytes) -> No
     broken = fake.run(tmp_path / "rigl-0.9-s0", "rigl", 0.9, 0)
     for file in list(broken.iterdir()):
         file.write_bytes(content)
-    (tmp_path / "compare.yaml").write_bytes(content)
+    for name in ("compare.yaml", "planned.json"):
+        (tmp_path / name).write_bytes(content)
     comparison = collect(tmp_path)
     assert [run.status for run in comparison.runs] == ["finished", "corrupt"]
     overlaps(comparison)

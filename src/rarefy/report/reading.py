@@ -129,16 +129,23 @@ def _without_duplicates(runs: Iterable[Run]) -> list[Run]:
 
 
 def _announced_but_absent(folder: Path, runs: list[Run]) -> list[Run]:
-    """Runs that `compare.yaml` asks for (methods x sparsities x seeds) and that have no folder."""
+    """Runs that `planned.json` names, or else `compare.yaml` asks for (methods x sparsities x seeds), without a folder."""
+    try:
+        names = json.loads((folder / "planned.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        names = None
+    if isinstance(names, list):
+        have_folders = {run.name for run in runs}
+        lost = [
+            name for name in names if isinstance(name, str) and name not in have_folders and Path(name).name == name
+        ]
+        return [replace(read_run(folder / name), status="missing", reason=_ABSENT, notes=()) for name in lost]
     try:
         asked = yaml.safe_load((folder / "compare.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return []
     if not isinstance(asked, dict):
         return []
-    if isinstance(names := asked.get("runs"), list):
-        lost = [name for name in names if isinstance(name, str) and name not in {run.name for run in runs}]
-        return [replace(read_run(folder / name), status="missing", reason=_ABSENT, notes=()) for name in lost]
     seeds: Any = asked.get("seeds")
     seeds = list(range(seeds)) if isinstance(seeds, int) else seeds
     methods, sparsities = asked.get("methods"), asked.get("sparsities")

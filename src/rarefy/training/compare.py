@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,6 +13,9 @@ import yaml
 from rarefy._files import atomic_write
 from rarefy.training.plan import CompareConfig, Planned, decide, expand, plain
 from rarefy.training.pool import Notice, Notify, run_here, run_in_workers
+
+PLANNED = "planned.json"
+"""Names of all runs of a comparison: a report tells from it which are missing."""
 
 
 @dataclass
@@ -54,9 +58,10 @@ def compare(
     """
     home = Path(folder or config.out or Path("runs") / (config.name or "comparison"))
     runs = decide(expand(config, home, source), force)
-    with atomic_write(home / "compare.yaml", "w") as file:
-        asked = {**plain(config), "runs": [run.name for run in runs]}
-        file.write(yaml.safe_dump(asked, sort_keys=False))
+    with atomic_write(home / "compare.yaml", "w") as file:  # it can be given to `rarefy compare` again
+        file.write(yaml.safe_dump(dict(plain(config)), sort_keys=False))
+    with atomic_write(home / PLANNED, "w") as file:
+        file.write(json.dumps([run.name for run in runs]))
     if on_plan is not None:
         on_plan(runs)
     outcome = Outcome(home, skipped=[run.name for run in runs if run.action == "skip"])
