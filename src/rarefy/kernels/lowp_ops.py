@@ -111,19 +111,26 @@ class _Packed:
             return call(self._kernel)
 
 
+def _size(n: int) -> int:
+    """What a weight is packed for: powers of two, so that a few copies of it serve all numbers of samples."""
+    return min(1 << (max(n, 1) - 1).bit_length(), _MANY)
+
+
 def _bfloat16_cpu(x: Tensor, values: Tensor, crow: Tensor, col: Tensor, bias: Tensor | None) -> Tensor:
     n, features, t = x.shape[0], x.shape[1], threads()
     x32, y = x.detach().float().contiguous(), torch.empty(x.shape[0], crow.shape[0] - 1)
-    weight = (crow, col, values.detach().float())
-    vector = None if bias is None else bias.detach().float()
+
+    def pack() -> Any:
+        vector = None if bias is None else bias.detach().float()
+        return bfloat16_linear_layer((crow, col, values.detach()), vector, features=features, batch=n, threads=t)
 
     def call(layer: Any) -> Tensor:
         layer.run([x32.numpy()], y.numpy(), n, t)
         return y
 
-    held: _Packed = _packed.get(crow, col, ("bfloat16", features, min(n, _MANY), t), _Packed)
+    held: _Packed = _packed.get(crow, col, ("bfloat16", features, _size(n), t), _Packed)
     sources = (values,) if bias is None else (values, bias)
-    held.run(sources, lambda: bfloat16_linear_layer(weight, vector, features=features, batch=n, threads=t), call)
+    held.run(sources, pack, call)
     return y.to(x.dtype)
 
 
@@ -144,7 +151,7 @@ def _int8_cpu(
 ) -> Tensor:
     n, features, t = x.shape[0], x.shape[1], threads()
 
-    held: _Packed = _packed.get(crow, col, ("int8", features, min(n, _MANY), t), _Packed)
+    held: _Packed = _packed.get(crow, col, ("int8", features, _size(n), t), _Packed)
     return held.run(
         (values, scale),
         lambda: Int8Linear((crow, col, values.detach()), scale.detach(), features=features, batch=n, threads=t),

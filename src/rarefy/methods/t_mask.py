@@ -8,16 +8,15 @@ from typing import ClassVar
 from torch import nn
 
 from rarefy.engine import Family, Sparsifier
-from rarefy.engine.options import check_clock
 from rarefy.engine.sharing import share
+from rarefy.methods.dynamic import Rewiring
 from rarefy.methods.straight_through import Refined
 from rarefy.nn import HeldMask, Reparametrisation
 from rarefy.patterns import Pattern, TransposableNM
-from rarefy.schedules import Clock
 
 
 @dataclass(frozen=True, kw_only=True)
-class TMask(Refined):
+class TMask(Refined, Rewiring):
     """T-mask: as `sr-ste`, with a mask that is N:M along inputs and outputs alike, made anew every few steps.
 
     Hubara et al. 2021, "Accelerated Sparse Neural Training: A Provable and Efficient Method to Find N:M Transposable Masks"
@@ -55,15 +54,6 @@ class TMask(Refined):
     patterns: ClassVar[tuple[type[Pattern], ...]] = (TransposableNM,)
     pattern: str | Pattern = "4:8t"
     every: int = 40
-    start: int | float = 0
-    stop: int | float | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_clock(self.every, self.start, self.stop)
-
-    def clock(self, total_steps: int | None) -> Clock:
-        return Clock(every=self.every, start=self.start, stop=self.stop, total=total_steps)
 
     def reparametrise(self, weight: nn.Parameter) -> Reparametrisation:
         return HeldMask(weight)
@@ -73,6 +63,5 @@ class TMask(Refined):
             layer = sparse.layers[name]
             layer.rewire(layer.best(layer.trained().abs(), counts))
 
-    def after_step(self, sparse: Sparsifier, step: int) -> None:
-        if sparse.clock.due(step):
-            self.choose(sparse)
+    def update(self, sparse: Sparsifier, step: int) -> None:
+        self.choose(sparse)

@@ -75,6 +75,15 @@ class Pattern(ABC):
         """The sparsity that the pattern itself prescribes (N:M: 1 - N/M), or None where it is free."""
         return None
 
+    def _check_density(self, density: float | None) -> None:
+        """Raise OptionError where a density is asked for that is not the only one that the pattern has."""
+        fixed = self.fixed_sparsity
+        if density is not None and fixed is not None and abs(density - (1 - fixed)) > 1e-9:
+            raise OptionError(
+                f"{self} keeps {1 - fixed:g} of a weight, density {density:g} was asked; "
+                f"ask for sparsity {fixed:g} or choose another N:M"
+            )
+
     def check(self, shape: Sequence[int], name: str = "weight") -> None:
         """Raise where a weight of this shape cannot follow the pattern.
 

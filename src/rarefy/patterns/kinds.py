@@ -10,7 +10,7 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn import functional
 
-from rarefy.errors import OptionError, PatternError
+from rarefy.errors import PatternError
 from rarefy.patterns.base import Fold, Pattern
 
 
@@ -94,11 +94,7 @@ class NM(Pattern):
             PatternError: the shape does not fit.
         """
         self.check(shape)
-        if density is not None and abs(density - self.n / self.m) > 1e-9:
-            raise OptionError(
-                f"{self} keeps {self.n / self.m:g} of a weight, density {density:g} was asked; "
-                f"ask for sparsity {self.fixed_sparsity:g} or choose another N:M"
-            )
+        self._check_density(density)
         return self.n
 
     def _misfit(self, shape: tuple[int, ...]) -> str | None:

@@ -85,11 +85,7 @@ class TransposableNM(Pattern):
             PatternError: the shape does not fit.
         """
         self.check(shape)
-        if density is not None and abs(density - self.n / self.m) > 1e-9:
-            raise OptionError(
-                f"{self} keeps {self.n / self.m:g} of a weight, density {density:g} was asked; "
-                f"ask for sparsity {self.fixed_sparsity:g} or choose another N:M"
-            )
+        self._check_density(density)
         return self.n * self.m
 
     def stage(self, shape: Sequence[int], density: float) -> int:
