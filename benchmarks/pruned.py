@@ -62,8 +62,8 @@ def main() -> None:
     os.environ.setdefault("RAREFY_CACHE", "")
     nets = {name: (models.load_published(name), shape) for name, shape in PUBLISHED.items()}
     for run in args.run:
-        model, example = finished_network(run)
-        nets[run.name] = (model, tuple(example.shape[1:]))
+        model, inputs = finished_network(run)
+        nets[run.name] = (model, tuple(inputs.example.shape[1:]))
     for name, (model, _) in nets.items():
         weights = [p for p in model.parameters() if p.dim() > 1]
         kept, whole = sum(int(w.count_nonzero()) for w in weights), sum(w.numel() for w in weights)

@@ -64,6 +64,64 @@ def test_help_version_methods_config() -> None:
     assert "torch" in run("config")
 
 
+def test_convert(tmp_path: Path) -> None:
+    import torch
+
+    import rarefy
+    from rarefy.training.finished import finished_network
+
+    folder = tmp_path / "run"
+    run("train", "--model", "lenet-300-100", *DIGITS, "--epochs", "2", "--out", str(folder))
+    said = run(
+        "convert",
+        str(folder),
+        "--pattern",
+        "1:4",
+        "--samples",
+        "50",
+        "--exclude",
+        "fc1.*",
+        "--include",
+        "fc[123].weight",
+    )
+    assert "fc2.weight" in said and "fc3.weight" in said and "fc1.weight" not in said.split("dense:")[0]
+    found = rarefy.load(folder / "model-1of4.safetensors")
+    net, inputs = finished_network(folder)
+    for name, weight in found.items():
+        before = net.get_parameter(name)
+        if name in ("fc2.weight", "fc3.weight"):
+            kept = weight.view(len(weight), -1, 4).count_nonzero(-1)
+            assert int(kept.max()) == 1 and not torch.equal(weight, before)
+        elif name == "fc1.weight":
+            assert torch.equal(weight, before)
+    net.load_state_dict(found)
+    with torch.no_grad():
+        right = torch.cat([net(x).argmax(1) == y for x, y in inputs.test]).double().mean()
+    assert f"{right:.2%} now" in said and "1:4, LeastSquares" in said
+    masks = run(
+        "convert",
+        str(folder),
+        "--pattern",
+        "1:4",
+        "--solver",
+        "none",
+        "--include",
+        "fc2.weight",
+        "--out",
+        str(tmp_path / "m.safetensors"),
+    )
+    assert "masks alone" in masks
+    alone = rarefy.load(tmp_path / "m.safetensors")["fc2.weight"]
+    before = finished_network(folder)[0].get_parameter("fc2.weight")
+    assert torch.equal(alone, before * (alone != 0))
+    assert "not both" in run("convert", code=2) and "not both" in run(
+        "convert", str(folder), "--published", "x", code=2
+    )
+    assert "samples is 0" in run("convert", str(folder), "--samples", "0", code=2)
+    assert "7" in run("convert", str(folder), "--pattern", "2:7", code=2)
+    assert "did you mean 'resnet-20-cifar10'" in run("convert", "--published", "resnet20-cifar10", code=2)
+
+
 def test_inspect(tmp_path: Path) -> None:
     import torch
 

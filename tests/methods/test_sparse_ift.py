@@ -153,8 +153,8 @@ def test_a_run_from_the_configuration(kind: str, tmp_path: Path) -> None:
     result = train(RunConfig.model_validate({**RUN, "method_options": options}), tmp_path / "run")
     assert result["flops"] == pytest.approx(result["flops_dense"], rel=0.01)
     assert result["training_flops"] == pytest.approx(result["training_flops_dense"], rel=0.01)
-    model, example = finished_network(tmp_path / "run")
-    assert model(example).shape == (1, 10)
+    model, inputs = finished_network(tmp_path / "run")
+    assert model(inputs.example).shape == (1, 10)
     name = next(n for n, s in model._rarefy_iso_flop.sparsities.items() if s > 0)
     assert not bool(model.get_parameter(name).detach().all())
 

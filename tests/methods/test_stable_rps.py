@@ -41,9 +41,9 @@ def test_a_run_counts_full_flops_and_the_arrays_parameters(tmp_path: Path) -> No
     assert result["flops"] == result["flops_dense"] == 2 * weights
     assert result["training_flops"] == result["training_flops_dense"]
     assert result["sparsity"] == 0.0 and result["sparsity_asked"] == 0.9375
-    model, example = finished_network(tmp_path / "run")
+    model, inputs = finished_network(tmp_path / "run")
     assert sum(isinstance(m, SharedModule) for m in model.modules()) == 3
-    assert model(example).shape == (1, 10)
+    assert model(inputs.example).shape == (1, 10)
 
 
 def test_a_resumed_run_ends_as_one_that_was_not_stopped(tmp_path: Path) -> None:

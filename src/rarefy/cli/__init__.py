@@ -67,6 +67,7 @@ def _main(
 from rarefy.cli import (  # noqa: E402  (they register their commands on `app`)
     bench,
     compare,
+    convert,
     export,
     inspect,
     search,
@@ -75,7 +76,7 @@ from rarefy.cli import (  # noqa: E402  (they register their commands on `app`)
     train,
 )
 
-__all__ = ["app", "bench", "compare", "export", "inspect", "main", "search", "show", "simulate", "train"]
+__all__ = ["app", "bench", "compare", "convert", "export", "inspect", "main", "search", "show", "simulate", "train"]
 
 
 def main() -> None:

@@ -28,10 +28,10 @@ def export(
         raise OptionError(
             f"--format {format} is not known{nearest(format, formats)}; it is one of {', '.join(formats)}"
         )
-    model, example = finished_network(run)
+    model, inputs = finished_network(run)
     path = out if out is not None else run / f"model.{format}"
     if format == "onnx":
-        export_onnx(model, example, path)
+        export_onnx(model, inputs.example, path)
     else:
         save(model, path)
     weights = [p for p in model.parameters() if p.dim() > 1]

@@ -1,4 +1,4 @@
-"""The network that a run has trained."""
+"""Networks that are trained already: by a run, or by others."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rarefy.errors import StateError
+from rarefy import models
+from rarefy.errors import ModelError, OptionError, StateError
+from rarefy.training.config import RunConfig
 from rarefy.training.folder import RunFolder
 from rarefy.training.inputs import Inputs
 
 
-def finished_network(path: str | os.PathLike[str]) -> tuple[nn.Module, Tensor]:
-    """Return a run's network with its last checkpoint's weights, in eval mode, and one example of its input.
+def finished_network(path: str | os.PathLike[str]) -> tuple[nn.Module, Inputs]:
+    """Return a run's network with its last checkpoint's weights, in eval mode, and what the run reads.
 
     Raises ConfigError where `path` is no run folder, StateError where its checkpoint is missing or damaged.
     """
@@ -33,4 +35,38 @@ def finished_network(path: str | os.PathLike[str]) -> tuple[nn.Module, Tensor]:
         net.load_state_dict({name.removeprefix("net."): tensor for name, tensor in state.items()})
     except RuntimeError as error:
         raise StateError(f"{home.checkpoint_file} is not of this run's network: {error}") from error
-    return net.eval(), inputs.example
+    return net.eval(), inputs
+
+
+def published_network(name: str) -> tuple[nn.Module, Inputs]:
+    """Return the network with published weights (a key of `rarefy.models.PUBLISHED`), in eval mode, and its data set.
+
+    Images are normalised as the weights expect. Raises ModelError for an unknown name, or one whose inputs cannot be prepared
+    here, and DataError where the weights or the data set are not there.
+    """
+    entry = models.published_entry(name)
+    if entry.mean is None or entry.std is None:
+        raise ModelError(f"{name} expects {entry.inputs}: no data set here is prepared like this")
+    config = RunConfig(model=entry.model, model_options=dict(entry.options), data=entry.dataset)
+    return models.load_published(name), Inputs(config, normalise=(entry.mean, entry.std))
+
+
+def some_inputs(inputs: Inputs, samples: int) -> list[Tensor]:
+    """Return the inputs of so many training samples, the first of epoch 0, in batches as they are trained on.
+
+    For text a sample is a window. Fewer where the data set has fewer.
+    """
+    if samples < 1:
+        raise OptionError(f"samples is {samples}: at least one is needed")
+    loader, found, missing = inputs.train, [], samples
+    position = loader.state_dict()
+    try:
+        loader.set_epoch(0)
+        for x, _ in loader:
+            found.append(x[:missing])
+            missing -= len(found[-1])
+            if not missing:
+                break
+    finally:
+        loader.load_state_dict(position)
+    return found
