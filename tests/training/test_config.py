@@ -94,6 +94,15 @@ def test_flags_nest_and_override() -> None:
             assignments([wrong])
 
 
+def test_another_optimizer_begins_anew() -> None:
+    recipe = read_recipe("n-m")
+    over = assignments(["base.optimizer={name: adamw, lr: 0.002}", "base.optimizer.weight_decay=0.01"])
+    found = validate(CompareConfig, merge(recipe, over), "n-m").base["optimizer"]
+    assert found == {"name": "adamw", "lr": 0.002, "weight_decay": 0.01}
+    same = merge(recipe, assignments(["base.optimizer={name: SGD, lr: 0.002}"]))["base"]["optimizer"]
+    assert same == {"name": "SGD", "lr": 0.002, "momentum": 0.9, "weight_decay": 5e-4}
+
+
 def test_a_dump_is_the_same_configuration_again() -> None:
     config = run(
         method="rigl", sparsity=0.9, optimizer={"name": "adam"}, lr_schedule={"name": "step", "milestones": [0.5]}

@@ -104,12 +104,21 @@ def read_recipe(name: str) -> dict[str, Any]:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `base` with `over` laid on top; mappings are merged key by key, everything else replaced."""
+    """Return `base` with `over` laid on top; mappings are merged key by key, everything else replaced.
+
+    An optimizer of another name replaces the one of `base` whole: options belong to the class that they were written for.
+    """
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
-        merged[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+        both = isinstance(old, Mapping) and isinstance(value, Mapping)
+        merged[key] = merge(old, value) if both and not (key == "optimizer" and _renamed(old, value)) else value
     return merged
+
+
+def _renamed(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    names = [str(options["name"]).lower() for options in (old, new) if "name" in options]
+    return len(set(names)) == 2
 
 
 def assignments(given: Iterable[str]) -> dict[str, Any]:
