@@ -9,7 +9,9 @@ are as large, so that is their rival too). Every result is checked; all ways tak
 not counted), their share of the peak measured here, and the dense time over theirs.
 
 --steps: whole training steps of a feed-forward block 1024-4096-1024 (GELU, mean square, SGD with momentum): dense; N:M with the
-weight's gradient where it is kept, and with all of it (straight through); unstructured, on kept values alone.
+weight's gradient where it is kept, and with all of it (straight through); unstructured, on kept values alone. And the method
+`t-mask` through `rarefy.sparsify`, as it is, with the mask multiplied in instead of the kernels, and with new masks at every
+step, of which training pays a fortieth.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ SHAPES = (
     "1024x4096x256",
 )
 PATTERNS = ("2:4", "1:4", "2:8", "4:16", "1:16")
+T_MASK = ("t-mask", "t-mask, multiplied", "t-mask, new masks")
 Way = Callable[[], object]
 
 
@@ -129,6 +132,14 @@ def block(kind: str, pattern: str, tokens: int) -> Way:
         )
         model = nn.Sequential(next(sparse), model[1], next(sparse))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    if kind.startswith("t-mask"):
+        every = 1 if kind == "t-mask, new masks" else 1 << 20
+        method = rarefy.methods.TMask(pattern=f"{pattern}t", sparsity=1 - keep / of, every=every)
+        rarefy.sparsify(model, method, optimizer=optimizer)
+        if kind == "t-mask, multiplied":
+            for part in model.modules():
+                if isinstance(part, rarefy.nn.TransposableMask):
+                    part.WORTH = 1 << 60  # of this one only
     x, wanted = torch.randn(tokens, 1024, requires_grad=True), torch.randn(tokens, 1024)
 
     def step() -> None:
@@ -144,7 +155,7 @@ def steps(patterns: list[str], tokens: list[int], threads: int, rounds: int) -> 
     rows: list[dict[str, object]] = []
     for n in tokens:
         for pattern in patterns:
-            kinds = ("dense", "n:m, kept", "n:m, dense", "unstructured")
+            kinds = ("dense", "n:m, kept", "n:m, dense", "unstructured", *T_MASK)
             found = medians({kind: block(kind, pattern, n) for kind in kinds}, rounds)
             rows.append(
                 {"threads": threads, "tokens": n, "pattern": pattern, "ms": {k: t * 1e3 for k, t in found.items()}}

@@ -11,7 +11,7 @@ from rarefy.engine import Family, Sparsifier
 from rarefy.engine.sharing import share
 from rarefy.methods.dynamic import Rewiring
 from rarefy.methods.straight_through import Refined
-from rarefy.nn import HeldMask, Reparametrisation
+from rarefy.nn import Reparametrisation, TransposableMask
 from rarefy.patterns import Pattern, TransposableNM
 
 
@@ -33,6 +33,10 @@ class TMask(Refined, Rewiring):
     pruned weights five times as strongly as the others instead of by lambda, and may leave rows of a tile short; here tiles
     lie in the plane of outputs and inputs, and all rows and columns keep N. For a mask that is found once on a trained
     network and then held, use `magnitude` with this pattern.
+
+    On the CPU, in float32, linear layers run both products on native N:M kernels from one packed copy, where M is 2, 4, 8 or 16
+    and the batch is large enough to gain by it: less time a step than dense training (docs/performance.md), not only fewer
+    FLOPs. Convolutions, other dtypes and autocast multiply the mask in.
 
     Layers whose inputs or outputs are not multiples of M, and embeddings, stay dense and are listed with the reason; what
     `include` names must fit.
@@ -56,7 +60,8 @@ class TMask(Refined, Rewiring):
     every: int = 40
 
     def reparametrise(self, weight: nn.Parameter) -> Reparametrisation:
-        return HeldMask(weight)
+        assert isinstance(self.cut, TransposableNM)  # checked with the options
+        return TransposableMask(weight, self.cut)
 
     def choose(self, sparse: Sparsifier) -> None:
         for name, counts in share(sparse.layers, self.sparsity, "uniform").items():

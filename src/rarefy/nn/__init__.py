@@ -14,14 +14,13 @@ from rarefy.nn.semi_structured import SemiStructuredLinear, semi_structured_
 from rarefy.nn.share import share_, unshare_
 from rarefy.nn.shared_array import SharedArray
 from rarefy.nn.shared_layers import SharedConv2d, SharedEmbedding, SharedLinear, SharedModule
-from rarefy.nn.straight_through import FadingMask, HeldMask, LargestMask
+from rarefy.nn.straight_through import FadingMask, LargestMask, TransposableMask
 from rarefy.nn.two_way import TwoWayMask
 from rarefy.nn.widen import widen_
 
 __all__ = [
     "Doped",
     "FadingMask",
-    "HeldMask",
     "IsoFlop",
     "LargestMask",
     "NMLinear",
@@ -38,6 +37,7 @@ __all__ = [
     "SparseLinear",
     "SparseModule",
     "ThresholdMask",
+    "TransposableMask",
     "TwoWayMask",
     "bake_",
     "iso_flop_",

@@ -75,9 +75,6 @@ class Reparametrisation(nn.Module, ABC):
     follows: ClassVar[bool] = False
     """Whether what is kept follows from trained tensors at every step, so that nobody can set it."""
 
-    computes_output: ClassVar[bool] = False
-    """Whether it computes the module's output too (`output`), and not the weight alone."""
-
     order: tuple[str, ...] = ()  # the layer's parameters, as they were
 
     @abstractmethod
@@ -91,6 +88,10 @@ class Reparametrisation(nn.Module, ABC):
     def keep(self, mask: Tensor) -> None:
         """Keep exactly these weights from now on; bool, weight-shaped."""
         raise RarefyError(f"what {type(self).__name__} keeps follows from what it trains, and cannot be set.")
+
+    def computes_output(self, module: nn.Module) -> bool:
+        """Whether it computes the module's output too (`output`), and not the weight alone."""
+        return False
 
     def output(self, module: nn.Module, x: Tensor) -> Tensor:
         """Return what the module makes of an input, in place of the module's own forward pass."""
@@ -188,7 +189,7 @@ def install(module: nn.Module, attribute: str, computes: Reparametrisation) -> N
     before = [other.order for other in reparametrised(module).values()]
     computes.order = before[0] if before else tuple(module._parameters)
     parametrize.register_parametrization(module, attribute, computes)
-    if computes.computes_output:  # the class is this module's own, and its copies'
+    if computes.computes_output(module):  # the class is this module's own, and its copies'
 
         def forward(self: nn.Module, x: Tensor) -> Tensor:
             return self.parametrizations[attribute][0].output(self, x)  # type: ignore[index,union-attr]

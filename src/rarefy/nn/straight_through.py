@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
+from rarefy.kernels.n_m_masked import SIZES, n_m_masked_linear
 from rarefy.nn.reparametrisation import Reparametrisation
-from rarefy.patterns import NM, Pattern
+from rarefy.patterns import NM, Pattern, TransposableNM
 from rarefy.patterns.largest import largest, largest_in_frame
 
 
@@ -64,13 +66,22 @@ class LargestMask(Reparametrisation):
         return str(self.pattern)
 
 
-class HeldMask(Reparametrisation):
-    """The weight on a mask that its owner sets (`keep`, in place), zero elsewhere; the gradient passes straight through."""
+class TransposableMask(Reparametrisation):
+    """The weight on a transposable N:M mask that its owner sets (`keep`, in place), zero elsewhere.
 
+    The gradient passes straight through. A linear layer computes with it natively on the CPU: in float32 and without autocast,
+    both products with the weight run on the N:M kernels from one packed copy (`rarefy.kernels.n_m_masked`), where the batch is
+    large enough to gain by it. Elsewhere the mask is multiplied in.
+    """
+
+    WORTH: ClassVar[int] = (
+        1 << 24
+    )  # multiply-adds of a dense product; below, the operator's own cost is more than it saves
     mask: Tensor
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, pattern: TransposableNM) -> None:
         super().__init__()
+        self.pattern = pattern
         self.register_buffer("mask", torch.ones_like(weight, dtype=torch.bool))
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -81,6 +92,21 @@ class HeldMask(Reparametrisation):
 
     def keep(self, mask: Tensor) -> None:
         self.mask.copy_(mask)
+
+    def computes_output(self, module: nn.Module) -> bool:
+        return isinstance(module, nn.Linear) and self.pattern.m in SIZES
+
+    def output(self, module: nn.Module, x: Tensor) -> Tensor:
+        weight, bias = module.parametrizations.weight.original, module.bias  # type: ignore[union-attr]
+        assert isinstance(weight, Tensor) and isinstance(bias, Tensor | None)
+        native = weight.device.type == "cpu" and weight.dtype == x.dtype == torch.float32
+        large = x.numel() * weight.shape[0] >= self.WORTH
+        if native and large and not torch.is_autocast_enabled("cpu"):
+            return n_m_masked_linear(x, weight, self.mask, self.pattern.n, self.pattern.m, bias)
+        return F.linear(x, self(weight), bias)
+
+    def extra_repr(self) -> str:
+        return str(self.pattern)
 
 
 class FadingMask(Reparametrisation):

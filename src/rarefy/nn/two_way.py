@@ -81,7 +81,6 @@ class TwoWayMask(Reparametrisation):
     """
 
     follows = True
-    computes_output = True
 
     def __init__(self, forward: NM | None = None, backward: NM | None = None, errors: NM | None = None) -> None:
         super().__init__()
@@ -94,6 +93,9 @@ class TwoWayMask(Reparametrisation):
         if self.there is None:
             return torch.ones_like(weight, dtype=torch.bool)
         return largest(weight, self.there, self.there.n)
+
+    def computes_output(self, module: nn.Module) -> bool:
+        return True
 
     def output(self, module: nn.Module, x: Tensor) -> Tensor:
         weight = module.parametrizations.weight.original  # type: ignore[union-attr]

@@ -111,8 +111,13 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
-        both = isinstance(old, Mapping) and isinstance(value, Mapping)
-        merged[key] = merge(old, value) if both and not (key == "optimizer" and _renamed(old, value)) else value
+        if (
+            isinstance(old, Mapping)
+            and isinstance(value, Mapping)
+            and not (key == "optimizer" and _renamed(old, value))
+        ):
+            value = merge(old, value)
+        merged[key] = value
     return merged
 
 
