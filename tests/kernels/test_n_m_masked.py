@@ -55,13 +55,13 @@ def test_it_is_the_masked_layer_straight_through(
 def made(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The masks that an index was made for."""
     masks: list[Tensor] = []
-    real = n_m_masked.n_m_index
+    real = n_m_masked.index_of_tiles
 
     def counted(mask: Tensor, *args: int, **options: bool) -> object:
         masks.append(mask.clone())
         return real(mask, *args, **options)
 
-    monkeypatch.setattr(n_m_masked, "n_m_index", counted)
+    monkeypatch.setattr(n_m_masked, "index_of_tiles", counted)
     return masks
 
 
@@ -119,6 +119,7 @@ def test_training_with_t_mask_is_the_same_natively(
 
     def train(worth: int) -> tuple[nn.Module, dict[str, Tensor], int]:
         monkeypatch.setattr(TransposableMask, "WORTH", worth)
+        monkeypatch.setattr(TransposableMask, "SAMPLES", 1)
 
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 16))

@@ -90,7 +90,7 @@ def n_m_index(mask: Tensor, n: int, m: int, *, transposable: bool = False) -> NM
             raise PatternError(
                 f"n_m_index: mask {list(mask.shape)} keeps {most} of {m} {what} somewhere, not {n}{also}"
             )
-    return _index(mask, n * (TILE // m), transposable)
+    return index_of_tiles(mask, n * (TILE // m), transposable)
 
 
 def n_m_steps(mask: Tensor) -> int | None:
@@ -188,7 +188,7 @@ def n_m_linear_layer(
         raise OptionError(
             f"n_m_linear_layer: this weight {list(weight.shape)} does not keep N in every run of M inputs"
         )
-    index = _index(mask, steps, False)
+    index = index_of_tiles(mask, steps, False)
     values = n_m_gather(weight, index)
     with _said("n_m_linear_layer"):
         return native.NMLinear(
@@ -196,8 +196,11 @@ def n_m_linear_layer(
         )  # fmt: skip
 
 
-def _index(mask: Tensor, steps: int, transposable: bool) -> NMIndex:
-    """Make the index on the CPU, from a mask that is known to fit."""
+def index_of_tiles(mask: Tensor, steps: int, transposable: bool) -> NMIndex:
+    """Return the index of a mask of which every tile of 16 x 16 keeps at most `steps` in a row, and transposable in a column.
+
+    That is all that the kernels need; `n_m_index` also checks the pattern. Made on the CPU. Raises PatternError.
+    """
     rows, cols = (-(-size // TILE) for size in mask.shape)
     index = torch.empty(rows, cols, -(-steps // 4), TILE, dtype=torch.int32)
     used = torch.empty(rows, cols, steps, dtype=torch.int16)

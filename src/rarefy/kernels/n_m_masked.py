@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rarefy.errors import OptionError, PatternError
-from rarefy.kernels.n_m import TILE, NMIndex, n_m_gather, n_m_index
+from rarefy.kernels.n_m import TILE, NMIndex, index_of_tiles, n_m_gather
 from rarefy.kernels.plans import PlanCache
 
 SIZES = (2, 4, 8, 16)  # M that a tile of 16 holds
@@ -58,7 +58,7 @@ def n_m_masked_linear(x: Tensor, weight: Tensor, mask: Tensor, n: int, m: int, b
 def _index_of(mask: Tensor, n: int, m: int) -> NMIndex | None:
     def make() -> NMIndex | None:
         try:
-            return n_m_index(mask, n, m, transposable=True)
+            return index_of_tiles(mask, n * (TILE // m), transposable=True)
         except PatternError:
             return None
 

@@ -26,8 +26,9 @@ class TMask(Refined, Rewiring):
 
         dL/dW = G + lambda (1 - S) W,
 
-    and every k steps S is the mask of largest |W|, by the pattern's solver; between them it stands still. It is not made anew
-    in every step because it costs more than the N largest of M.
+    and every k steps S is the mask of largest |W|, by the pattern's solver; between them it stands still. The paper waits 40
+    steps because its solver is slow. Here a mask of 4096 x 4096 takes some hundredths of a second, and waiting costs accuracy:
+    pruned weights drift while nothing tells what they would do (docs/results/n-m.md: 3 points in a run of 400 steps).
 
     The authors' code takes for a tile M^2 weights of one output in a row, which leaves the transpose unstructured, decays
     pruned weights five times as strongly as the others instead of by lambda, and may leave rows of a tile short; here tiles
@@ -44,7 +45,8 @@ class TMask(Refined, Rewiring):
     Options:
         pattern: "N:Mt". Default "4:8t" (the paper); "4:8t-exact" and "4:8t-approx" name the solver.
         sparsity: 1 - N/M, and nothing else. Default 0.5.
-        every: k, steps between masks. Default 40 (the authors' code).
+        every: k, steps between masks. Default 1 (the authors' code: 40); a few where linear layers are large and batches small,
+            as a new mask of a layer takes about as long as a product of 32 samples with it.
         start, stop: first and last step of new masks; an int is a step, a float in [0, 1] a fraction of total_steps.
             Defaults 0 and None: to the end of training.
         refine: lambda, not negative. Default 2e-4 (`sr-ste`).
@@ -57,7 +59,7 @@ class TMask(Refined, Rewiring):
     family: ClassVar[Family] = "sparse to sparse"
     patterns: ClassVar[tuple[type[Pattern], ...]] = (TransposableNM,)
     pattern: str | Pattern = "4:8t"
-    every: int = 40
+    every: int = 1
 
     def reparametrise(self, weight: nn.Parameter) -> Reparametrisation:
         assert isinstance(self.cut, TransposableNM)  # checked with the options

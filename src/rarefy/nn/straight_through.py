@@ -74,9 +74,10 @@ class TransposableMask(Reparametrisation):
     large enough to gain by it. Elsewhere the mask is multiplied in.
     """
 
-    WORTH: ClassVar[int] = (
-        1 << 24
-    )  # multiply-adds of a dense product; below, the operator's own cost is more than it saves
+    # Least samples and multiply-adds of a dense product: with fewer, indexing a new mask and calling the operator cost more
+    # than they save.
+    SAMPLES: ClassVar[int] = 256
+    WORTH: ClassVar[int] = 1 << 24
     mask: Tensor
 
     def __init__(self, weight: Tensor, pattern: TransposableNM) -> None:
@@ -100,7 +101,7 @@ class TransposableMask(Reparametrisation):
         weight, bias = module.parametrizations.weight.original, module.bias  # type: ignore[union-attr]
         assert isinstance(weight, Tensor) and isinstance(bias, Tensor | None)
         native = weight.device.type == "cpu" and weight.dtype == x.dtype == torch.float32
-        large = x.numel() * weight.shape[0] >= self.WORTH
+        large = x.numel() >= self.SAMPLES * x.shape[-1] and x.numel() * weight.shape[0] >= self.WORTH
         if native and large and not torch.is_autocast_enabled("cpu"):
             return n_m_masked_linear(x, weight, self.mask, self.pattern.n, self.pattern.m, bias)
         return F.linear(x, self(weight), bias)
