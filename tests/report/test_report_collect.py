@@ -126,6 +126,17 @@ def test_an_unfair_comparison_says_why(tmp_path: Path) -> None:
         assert part in said, part
 
 
+def test_the_same_lack_at_many_sparsities_is_said_once(tmp_path: Path) -> None:
+    for sparsity in (0.5, 0.8, 0.9):
+        fake.run(tmp_path / f"rigl-{sparsity}-s0", "rigl", sparsity, 0)
+    fake.run(tmp_path / "static-0.8-s0", "static", 0.8, 0)
+    said = [line for line in collect(tmp_path).warnings if "baseline" in line]
+    assert said == [
+        "At 50 % and 90 % sparsity there is no finished small-dense and no static baseline.",
+        "At 80 % sparsity there is no finished small-dense baseline.",
+    ]
+
+
 def test_routes_and_flops_that_are_unlike_are_named(tmp_path: Path) -> None:
     folder = fake.comparison(tmp_path / "mixed", sparsities=(0.9,), breakages=False)
     mixture, training = sorted(collect(folder).warnings, key=len, reverse=True)

@@ -38,11 +38,14 @@ def _lacking(finished: Sequence[Run]) -> list[str]:
     said = []
     if "dense" not in methods:
         said.append("There is no finished dense run: nothing shows what sparsity costs in accuracy.")
+    without: dict[str, list[str]] = {}
     for sparsity in sorted({run.sparsity for run in finished if run.sparsity is not None}):
         here = {run.method for run in finished if run.sparsity == sparsity}
         lost = [name for name in BASELINES[1:] if name not in here]
         if lost:
-            said.append(f"At {percent(sparsity)} sparsity there is no finished {' and no '.join(lost)} baseline.")
+            without.setdefault(" and no ".join(lost), []).append(percent(sparsity))
+    for lost_there, levels in without.items():
+        said.append(f"At {_and(levels)} sparsity there is no finished {lost_there} baseline.")
     return said
 
 
@@ -227,6 +230,10 @@ def _which(values: Mapping[object, set[str]]) -> str:
     """Write what each value belongs to: "3 rigl; 30 set"."""
     ordered = sorted(values.items(), key=lambda item: str(item[0]))
     return "; ".join(f"{'not recorded' if value is None else value} {_list(labels)}" for value, labels in ordered[:4])
+
+
+def _and(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
 def _list(values: Iterable[object]) -> str:
