@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rarefy.errors import OptionError
 from rarefy.kernels import reference
-from rarefy.kernels.native import native, threads
+from rarefy.kernels.native import cpu_empty, native, threads
 
 
 def pack_mask(mask: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def pack_mask(mask: Tensor) -> Tensor:
         raise OptionError(f"pack_mask takes a bool tensor; this one is {mask.dtype}: compare it, as in `weight != 0`")
     if mask.device.type != "cpu":
         return reference.pack_mask(mask)
-    bits = torch.empty((mask.numel() + 7) // 8, dtype=torch.uint8)
+    bits = cpu_empty((mask.numel() + 7) // 8, dtype=torch.uint8)
     native.pack_mask(mask.contiguous().view(torch.uint8).view(-1).numpy(), bits.numpy(), threads())
     return bits
 
@@ -49,6 +49,6 @@ def unpack_mask(bits: Tensor, shape: Sequence[int]) -> Tensor:
         )
     if bits.device.type != "cpu":
         return reference.unpack_mask(bits, shape)
-    mask = torch.empty(n, dtype=torch.bool)
+    mask = cpu_empty(n, dtype=torch.bool)
     native.unpack_mask(bits.contiguous().numpy(), mask.view(torch.uint8).numpy(), threads())
     return mask.view(tuple(shape))

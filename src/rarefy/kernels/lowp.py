@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rarefy.errors import OptionError
-from rarefy.kernels.native import native
+from rarefy.kernels.native import cpu_empty, native
 from rarefy.kernels.native import threads as all_threads
 from rarefy.kernels.planes import Ints, Layer, _array, _known, _pair, _said
 from rarefy.kernels.sparse_layers import Weight, _compressed
@@ -104,7 +104,7 @@ class Int8Linear:
                 f"Int8Linear takes uint8 [n, {self.in_features}] and a zero point in [0, 255]; "
                 f"this is {x.dtype} {list(x.shape)} with zero point {x_zero}"
             )
-        y = torch.empty(x.shape[0], self.out_features)
+        y = cpu_empty(x.shape[0], self.out_features)
         self._native.linear(
             x.contiguous().numpy(), x_scale, x_zero, y.numpy(), _array(bias), _known(act), all_threads()
         )

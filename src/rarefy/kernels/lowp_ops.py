@@ -15,7 +15,7 @@ from torch import Tensor
 from rarefy.errors import OptionError
 from rarefy.kernels import reference
 from rarefy.kernels.lowp import Int8Linear, bfloat16_linear_layer
-from rarefy.kernels.native import threads
+from rarefy.kernels.native import cpu_empty, threads
 from rarefy.kernels.plans import PlanCache, Seen
 
 _MANY = 64  # more samples than these are packed alike
@@ -118,7 +118,7 @@ def _size(n: int) -> int:
 
 def _bfloat16_cpu(x: Tensor, values: Tensor, crow: Tensor, col: Tensor, bias: Tensor | None) -> Tensor:
     n, features, t = x.shape[0], x.shape[1], threads()
-    x32, y = x.detach().float().contiguous(), torch.empty(x.shape[0], crow.shape[0] - 1)
+    x32, y = x.detach().float().contiguous(), cpu_empty(x.shape[0], crow.shape[0] - 1)
 
     def pack() -> Any:
         vector = None if bias is None else bias.detach().float()

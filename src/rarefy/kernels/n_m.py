@@ -17,7 +17,7 @@ from torch import Tensor
 from rarefy.errors import OptionError, PatternError
 from rarefy.kernels import n_m_ops as ops
 from rarefy.kernels import reference
-from rarefy.kernels.native import native, threads
+from rarefy.kernels.native import cpu_empty, native, threads
 from rarefy.kernels.planes import Layer, _array, _known, _said
 
 __all__ = ["TILE", "NMIndex", "n_m_dense", "n_m_gather", "n_m_index", "n_m_linear", "n_m_linear_layer", "n_m_steps"]
@@ -202,8 +202,8 @@ def index_of_tiles(mask: Tensor, steps: int, transposable: bool) -> NMIndex:
     That is all that the kernels need; `n_m_index` also checks the pattern. Made on the CPU. Raises PatternError.
     """
     rows, cols = (-(-size // TILE) for size in mask.shape)
-    index = torch.empty(rows, cols, -(-steps // 4), TILE, dtype=torch.int32)
-    used = torch.empty(rows, cols, steps, dtype=torch.int16)
+    index = cpu_empty(rows, cols, -(-steps // 4), TILE, dtype=torch.int32)
+    used = cpu_empty(rows, cols, steps, dtype=torch.int16)
     bools = mask.detach().cpu().contiguous().view(torch.uint8).numpy()
     fits = native.n_m_index(bools, steps, transposable, index.view(-1).numpy(), used.view(-1).numpy(), threads())
     if not fits:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rarefy.kernels import reference
-from rarefy.kernels.native import native, threads
+from rarefy.kernels.native import cpu_empty, native, threads
 from rarefy.kernels.plans import PlanCache
 
 TILE = 16
@@ -66,7 +66,7 @@ def _linear_cpu(
 ) -> Tensor:
     if x.dtype not in _NATIVE:
         return reference.n_m_linear(x, values, index, used, bias, out_features)
-    y = torch.empty(x.shape[0], out_features)
+    y = cpu_empty(x.shape[0], out_features)
     given = None if bias is None else _floats(bias)
     native.n_m_forward(_flat(values.float()), _flat(index), used.shape[2], _floats(x), given, y.numpy(), threads())
     return y.to(x.dtype)
@@ -81,7 +81,7 @@ def _straight_cpu(
 def _input_cpu(dy: Tensor, values: Tensor, index: Tensor, used: Tensor, in_features: int, both: bool) -> Tensor:
     if dy.dtype not in _NATIVE:
         return reference.n_m_input_gradient(dy, values, index, used, in_features)
-    dx = torch.empty(dy.shape[0], in_features)
+    dx = cpu_empty(dy.shape[0], in_features)
     if both:
         native.n_m_input_gradient(
             _flat(values.float()), _flat(index), used.shape[2], _floats(dy), dx.numpy(), threads()
@@ -105,7 +105,7 @@ def _unstructured(index: Tensor, used: Tensor, shape: torch.Size, in_features: i
         order = flat.argsort()
         position = flat[order]
         row = torch.div(position, in_features, rounding_mode="floor")
-        crow = torch.searchsorted(row, torch.arange(shape[1] + 1))
+        crow = torch.searchsorted(row, torch.arange(shape[1] + 1, device="cpu"))
         col = (position - row * in_features).int()
         return native.linear_training(crow.numpy(), col.numpy(), in_features, shape[0], t), kept[order]
 
@@ -116,7 +116,7 @@ def _unstructured(index: Tensor, used: Tensor, shape: torch.Size, in_features: i
 def _values_cpu(x: Tensor, dy: Tensor, index: Tensor, used: Tensor, both: bool) -> Tensor:
     if dy.dtype not in _NATIVE:
         return reference.n_m_values_gradient(x, dy, index, used)
-    out = torch.empty(*used.shape, TILE)
+    out = cpu_empty(*used.shape, TILE)
     native.n_m_values_gradient(
         _flat(index), _flat(used), used.shape[2], _floats(x), _floats(dy), out.view(-1).numpy(), threads()
     )

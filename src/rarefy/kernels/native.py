@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypedDict
 
 import torch
+from torch import Tensor
 
 try:
     from rarefy.kernels import _native as native
@@ -17,7 +18,7 @@ except ImportError as error:
         "Build it: `make native` in a source checkout, or `pip install .` with a C++ compiler at hand."
     ) from error
 
-__all__ = ["NativeConfig", "native", "native_config", "threads"]
+__all__ = ["NativeConfig", "cpu_empty", "native", "native_config", "threads"]
 
 
 class NativeConfig(TypedDict):
@@ -53,6 +54,11 @@ native.share_threads(_openmp_team())
 def threads() -> int:
     """Return how many threads the native kernels use: as many as PyTorch (`torch.set_num_threads`)."""
     return torch.get_num_threads()
+
+
+def cpu_empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return memory for what a native kernel computes: on the CPU, whatever PyTorch's default dtype and device are."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def native_config() -> NativeConfig:

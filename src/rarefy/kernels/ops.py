@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rarefy.errors import OptionError
 from rarefy.kernels import reference
-from rarefy.kernels.native import native, threads
+from rarefy.kernels.native import cpu_empty, native, threads
 from rarefy.kernels.plans import PlanCache
 from rarefy.kernels.watch import watched
 
@@ -183,7 +183,7 @@ def _maybe(tensor: Tensor | None) -> Any:
 def _linear_cpu(x: Tensor, values: Tensor, crow: Tensor, col: Tensor, bias: Tensor | None) -> Tensor:
     if x.dtype not in _NATIVE:
         return reference.sparse_linear(x, values, crow, col, bias)
-    y = torch.empty(x.shape[0], crow.shape[0] - 1)
+    y = cpu_empty(x.shape[0], crow.shape[0] - 1)
     plan = _linear_plan(crow, col, x.shape[1], x.shape[0])
     plan.forward(_array(values), _array(x), _maybe(bias), y.numpy(), threads())
     return y.to(x.dtype)
@@ -192,7 +192,7 @@ def _linear_cpu(x: Tensor, values: Tensor, crow: Tensor, col: Tensor, bias: Tens
 def _linear_input_cpu(dy: Tensor, values: Tensor, crow: Tensor, col: Tensor, in_features: int) -> Tensor:
     if dy.dtype not in _NATIVE:
         return reference.sparse_linear_input_gradient(dy, values, crow, col, in_features)
-    dx = torch.empty(dy.shape[0], in_features)
+    dx = cpu_empty(dy.shape[0], in_features)
     plan = _linear_plan(crow, col, in_features, dy.shape[0])
     plan.input_gradient(_array(values), _array(dy), dx.numpy(), threads())
     return dx.to(dy.dtype)
@@ -201,7 +201,7 @@ def _linear_input_cpu(dy: Tensor, values: Tensor, crow: Tensor, col: Tensor, in_
 def _linear_values_cpu(x: Tensor, dy: Tensor, crow: Tensor, col: Tensor) -> Tensor:
     if dy.dtype not in _NATIVE:
         return reference.sparse_linear_values_gradient(x, dy, crow, col)
-    out = torch.empty(col.shape)
+    out = cpu_empty(*col.shape)
     _linear_plan(crow, col, x.shape[1], x.shape[0]).values_gradient(_array(x), _array(dy), out.numpy(), threads())
     return out.to(dy.dtype)
 
@@ -218,7 +218,7 @@ def _conv_cpu(
 ) -> Tensor:
     if x.dtype not in _NATIVE:
         return reference.sparse_conv2d(x, values, crow, col, bias, weight_shape, *geometry)
-    y = torch.empty(x.shape[0], weight_shape[0], *out_size(x.shape[2:], weight_shape[2:], geometry[:3]))
+    y = cpu_empty(x.shape[0], weight_shape[0], *out_size(x.shape[2:], weight_shape[2:], geometry[:3]))
     plan = _conv_plan(crow, col, x.shape[0], x.shape[2:], weight_shape, *geometry)
     plan.forward(_array(values), _array(x), _maybe(bias), y.numpy(), threads())
     return y.to(x.dtype)
@@ -229,7 +229,7 @@ def _conv_input_cpu(
 ) -> Tensor:
     if dy.dtype not in _NATIVE:
         return reference.sparse_conv2d_input_gradient(dy, values, crow, col, size, weight_shape, *geometry)
-    dx = torch.empty(dy.shape[0], weight_shape[1] * geometry[3], *size)
+    dx = cpu_empty(dy.shape[0], weight_shape[1] * geometry[3], *size)
     plan = _conv_plan(crow, col, dy.shape[0], size, weight_shape, *geometry)
     plan.input_gradient(_array(values), _array(dy), dx.numpy(), threads())
     return dx.to(dy.dtype)
@@ -240,7 +240,7 @@ def _conv_values_cpu(
 ) -> Tensor:
     if x.dtype not in _NATIVE:
         return reference.sparse_conv2d_values_gradient(x, dy, crow, col, weight_shape, *geometry)
-    out = torch.empty(col.shape)
+    out = cpu_empty(*col.shape)
     plan = _conv_plan(crow, col, x.shape[0], x.shape[2:], weight_shape, *geometry)
     plan.values_gradient(_array(x), _array(dy), out.numpy(), threads())
     return out.to(dy.dtype)

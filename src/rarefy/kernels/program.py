@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rarefy.errors import OptionError
-from rarefy.kernels.native import native, threads
+from rarefy.kernels.native import cpu_empty, native, threads
 from rarefy.kernels.planes import Layer
 
 __all__ = ["Buffer", "Program", "ProgramBuilder"]
@@ -102,14 +102,14 @@ class Program:
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
         """Run on inputs [batch, *shape] and return the outputs [batch, *shape]."""
         xs, batch = self._checked(inputs)
-        outputs = [torch.empty((batch, *b.shape)) for b in self.outputs]
+        outputs = [cpu_empty(batch, *b.shape) for b in self.outputs]
         self.native.run([x.numpy() for x in xs], [y.numpy() for y in outputs], batch, threads())
         return outputs
 
     def profile(self, *inputs: Tensor, repeats: int = 20) -> list[tuple[str, float]]:
         """Return each step's name and its median time in seconds over some runs."""
         xs, batch = self._checked(inputs)
-        outputs = [torch.empty((batch, *b.shape)) for b in self.outputs]
+        outputs = [cpu_empty(batch, *b.shape) for b in self.outputs]
         arrays = [x.numpy() for x in xs], [y.numpy() for y in outputs]
         runs = [self.native.profile(*arrays, batch, threads()) for _ in range(repeats)]
         return [(name, statistics.median(run[i] for run in runs)) for i, name in enumerate(self.names)]

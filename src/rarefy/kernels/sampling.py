@@ -13,11 +13,11 @@ def sample(population: int, count: int, generator: torch.Generator | None) -> Te
     to enumerate can be sampled too.
     """
     if count * 3 >= population:
-        return torch.randperm(population, generator=generator)[:count]
-    drawn = torch.empty(0, dtype=torch.int64)
+        return torch.randperm(population, generator=generator, device="cpu")[:count]
+    drawn = torch.empty(0, dtype=torch.int64, device="cpu")
     while drawn.numel() < count:
         missing = count - drawn.numel()
-        fresh = torch.randint(population, (missing + missing // 2 + 8,), generator=generator)
+        fresh = torch.randint(population, (missing + missing // 2 + 8,), generator=generator, device="cpu")
         drawn = _first_of_each(torch.cat([drawn, fresh]))
     return drawn[:count]
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rarefy.errors import OptionError
-from rarefy.kernels.native import native, threads
+from rarefy.kernels.native import cpu_empty, native, threads
 
 
 def select_k(scores: Tensor, k: int | Tensor) -> Tensor:
@@ -31,7 +31,7 @@ def select_k(scores: Tensor, k: int | Tensor) -> Tensor:
     counts = _counts(rows, k)
     if scores.device.type == "cpu":
         wide = rows if rows.dtype == torch.float64 else rows.float()
-        mask = torch.empty(rows.shape, dtype=torch.bool)
+        mask = cpu_empty(*rows.shape, dtype=torch.bool)
         if native.select_k(wide.contiguous().numpy(), counts.numpy(), mask.view(torch.uint8).numpy(), threads()):
             raise _nan(scores)
         return mask.view(scores.shape)
@@ -42,14 +42,14 @@ def select_k(scores: Tensor, k: int | Tensor) -> Tensor:
 
 def _counts(rows: Tensor, k: int | Tensor) -> Tensor:
     """Return k as a checked int64 tensor on the CPU, of one entry or one per row."""
-    counts = torch.as_tensor(k)
+    counts = torch.as_tensor(k, device="cpu")
     if (
         counts.is_floating_point()
         or counts.dtype == torch.bool
         or (counts.dim() > 0 and counts.shape != rows.shape[:1])
     ):
         raise OptionError(f"k must be a whole number or one per row (int64 of shape [{rows.shape[0]}]); it is {k!r}")
-    counts = counts.to("cpu", torch.int64).reshape(-1).contiguous()
+    counts = counts.to(torch.int64).reshape(-1).contiguous()
     wrong = counts[(counts < 0) | (counts > rows.shape[1])]
     if wrong.numel():
         raise OptionError(f"k = {int(wrong[0])} lies outside [0, {rows.shape[1]}]: the number of scores to choose from")

@@ -50,7 +50,8 @@ def coefficients(seed: int, use: str) -> tuple[int, int, int]:
 def sign_table(seed: int) -> Tensor:
     """Return +-1 in equal chance, int8 [SIGNS]."""
     bits = hashlib.shake_256(f"signs:{seed}".encode()).digest(SIGNS // 8)
-    table = torch.frombuffer(bytearray(bits), dtype=torch.uint8)[:, None] >> torch.arange(8, dtype=torch.uint8) & 1
+    places = torch.arange(8, dtype=torch.uint8, device="cpu")
+    table = torch.frombuffer(bytearray(bits), dtype=torch.uint8)[:, None] >> places & 1
     return table.reshape(-1).to(torch.int8) * 2 - 1
 
 
@@ -176,7 +177,7 @@ def place_of(numbers: list[int]) -> Place:
 def _runs(fold: Fold) -> list[tuple[int, int, int, int]]:
     """Return the contiguous runs of a weight: first entry, length, first slot, place in the sign table."""
     begin, end, size = fold.offset, fold.offset + fold.rows * fold.cols, fold.size
-    chunks = torch.arange(begin // size, -(-end // size))
+    chunks = torch.arange(begin // size, -(-end // size), device="cpu")
     rotations = (hash_of(chunks, fold.seed, "slot") % size).tolist()
     enters = (hash_of(chunks, fold.seed, "sign") % SIGNS).tolist()
     runs = []
@@ -256,8 +257,8 @@ def shared_weight(
 
 def use(place: Place, amount: float, size: int) -> Tensor:
     """Return `amount` times how often each slot is used by this weight; float64 [size]."""
-    out = torch.zeros(size, dtype=torch.float64)
-    place.add(out, torch.full((place.rows * place.cols,), amount, dtype=torch.float64), None)
+    out = torch.zeros(size, dtype=torch.float64, device="cpu")
+    place.add(out, torch.full((place.rows * place.cols,), amount, dtype=torch.float64, device="cpu"), None)
     return out
 
 

@@ -33,10 +33,10 @@ def capped_simplex(a: Tensor, c: Tensor | float, k: int | Tensor) -> Tensor:
     rows = a.detach().to(dtype).reshape(1 if a.dim() == 1 else a.shape[0], -1).contiguous()
     offset = torch.as_tensor(c, dtype=dtype, device=a.device).detach()
     offset = offset.reshape(rows.shape).contiguous() if offset.dim() else offset.reshape(1)
-    counts = torch.as_tensor(k)
+    counts = torch.as_tensor(k, device="cpu")
     if (counts.dim() and counts.shape != rows.shape[:1]) or counts.is_floating_point() or bool((counts < 0).any()):
         raise OptionError(f"k must be a whole number, 0 or more, or one per row (int64 [{rows.shape[0]}]); it is {k!r}")
-    counts = counts.to("cpu", torch.int64).reshape(-1).contiguous()
+    counts = counts.to(torch.int64).reshape(-1).contiguous()
     if a.device.type == "cpu":
         u = torch.empty_like(rows)
         bad = native.capped_simplex(rows.numpy(), offset.view(-1).numpy(), counts.numpy(), u.numpy(), threads())

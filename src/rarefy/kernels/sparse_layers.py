@@ -98,7 +98,7 @@ def _compressed(weight: Weight, cols: int | None) -> tuple[object, object, objec
     if isinstance(weight, Tensor):
         flat = weight.detach().to("cpu", torch.float32).reshape(weight.shape[0], -1)
         kept = flat != 0
-        crow = torch.cat([torch.zeros(1, dtype=torch.int64), kept.sum(1).cumsum(0)])
+        crow = torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), kept.sum(1).cumsum(0)])
         col, values, cols = kept.nonzero()[:, 1], flat[kept], flat.shape[1]
     else:
         crow, col, values = (x.detach().cpu() for x in weight)

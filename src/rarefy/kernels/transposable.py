@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rarefy.errors import OptionError
 from rarefy.kernels import transposable_torch
-from rarefy.kernels.native import native, threads
+from rarefy.kernels.native import cpu_empty, native, threads
 
 SOLVERS = ("fast", "exact", "approx")
 LARGEST_M = 32
@@ -47,7 +47,7 @@ def transposable_nm(scores: Tensor, n: int, m: int, solver: str = "fast") -> Ten
     if scores.device.type == "cpu":
         wide = scores if scores.dtype == torch.float64 else scores.float()
         planes = wide.reshape(*wide.shape[:2], -1).contiguous()
-        mask = torch.empty(planes.shape, dtype=torch.bool)
+        mask = cpu_empty(*planes.shape, dtype=torch.bool)
         if not native.transposable(planes.numpy(), n, m, solver, mask.view(torch.uint8).numpy(), threads()):
             _check_numbers(scores)
         return mask.view(scores.shape)
