@@ -204,6 +204,70 @@ def test_a_pass_that_cannot_run_so_is_never_silent(monkeypatch, emulated):
         model(x)  # once
 
 
+@pytest.mark.parametrize("gradient", ["kept", "dense"])
+def test_a_dense_pass_takes_the_same_gradient(monkeypatch, emulated, gradient):
+    model = mlp()
+    masks = masks_of(model)
+    semi_structured_(model, masks, gradient=gradient)
+    x, grads = torch.randn(3, 64).bfloat16(), []
+    for problem in (None, "it is on another device"):
+        monkeypatch.setattr(semi_structured, "device_problem", lambda device, problem=problem: problem)
+        model.zero_grad()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model(x).float().sum().backward()
+        grads.append(model[0].weight.grad)
+        assert bool(grads[-1][~masks["0.weight"]].any()) == (gradient == "dense")
+    torch.testing.assert_close(*grads, rtol=5e-2, atol=5e-2)
+
+
+class Strict(Tensor):
+    """A packed weight as particular as PyTorch's: operands of 1 row or more, contiguous, and of the packed dtype."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        x, *others = args
+        if func is F.linear:
+            assert x.is_contiguous() and x.dtype == others[0].dtype
+            assert len(x) > 0, "the unspecified dimension size -1 can be any value"
+        plain = [a.as_subclass(Tensor) if isinstance(a, Strict) else a for a in args]
+        return func(*plain, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("transposable", [True, False])
+def test_any_strides_and_no_samples(monkeypatch, emulated, transposable):
+    monkeypatch.setattr(semi_structured, "convert", lambda weight: weight.as_subclass(Strict))
+    model = mlp()
+    semi_structured_(model, masks_of(model, transposable), transposable=transposable)
+    wide = torch.randn(4, 5, 128).bfloat16()
+    for x in (wide[..., :64], wide[0, :, :64], wide[..., ::2], wide[:, 0, 64:], wide[0, 0, :64]):
+        torch.testing.assert_close(model(x), model(x.clone(memory_format=torch.contiguous_format)))
+    turned = torch.randn(64, 5).bfloat16().t().requires_grad_()
+    model(turned).float().sum().backward()
+    assert turned.grad.shape == (5, 64)
+    for shape in ((0, 64), (3, 0, 64)):
+        model.zero_grad()
+        x = torch.randn(shape).bfloat16().requires_grad_()
+        y = model(x)
+        y.float().sum().backward()
+        assert y.shape == shape and x.grad.shape == shape and not model[0].weight.grad.any()
+
+
+def test_the_mask_is_its_own_and_what_it_drops_may_be_anything(emulated):
+    layer = mlp()[0]
+    masks = {"weight": two_of_four(layer.weight)}
+    given = masks["weight"].clone()
+    assert semi_structured_(layer, masks) == {"": None}
+    layer.set_mask_(torch.zeros_like(given))
+    assert torch.equal(masks["weight"], given)
+    layer.set_mask_(given)
+    with torch.no_grad():
+        layer.weight[~given] = torch.nan
+    x = torch.randn(3, 64).bfloat16().requires_grad_()
+    layer(x).float().sum().backward()
+    assert bool(layer(x).isfinite().all()) and bool(x.grad.isfinite().all())
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("transposable", [True, False])
@@ -216,7 +280,7 @@ def test_on_a_gpu(dtype, transposable):
     masks = masks_of(model, transposable)
     plain = copy.deepcopy(model)
     assert semi_structured_(model, masks, transposable=transposable) == {"0": None, "2": None}
-    x = torch.randn(96, 64, device="cuda", dtype=dtype)
+    x = torch.randn(96, 128, device="cuda", dtype=dtype)[:, 32:96]  # strides of its own
     mine, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
     y, want = model(mine), reference(plain, masks, theirs)
     torch.testing.assert_close(y, want, rtol=3e-2, atol=3e-2)

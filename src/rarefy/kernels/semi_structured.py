@@ -95,7 +95,8 @@ def linear(
         packed, turned: `convert` of the masked weight and of its transpose; without the latter (None) the input's gradient is
             a dense product.
     """
-    y: Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, mask, packed, turned, bias, dense_gradient)
+    flat = x.reshape(-1, x.shape[-1]).contiguous()  # cuSPARSELt takes any other strides for those of a transpose
+    y: Tensor = _Linear.apply(flat, weight, mask, packed, turned, bias, dense_gradient)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -106,7 +107,7 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, mask)
         ctx.turned, ctx.dense = turned, dense
-        return F.linear(x, packed, bias)
+        return _product(x, packed, len(weight), bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -116,8 +117,14 @@ class _Linear(torch.autograd.Function):
         need_x, need_weight, *_, need_bias, _ = ctx.needs_input_grad
         dx = dw = None
         if need_x:
-            dx = F.linear(dy, ctx.turned) if ctx.turned is not None else dy @ (weight * mask)
+            kept = weight.masked_fill(~mask, 0) if ctx.turned is None else None
+            dx = _product(dy, ctx.turned, weight.shape[1], None) if kept is None else dy @ kept
         if need_weight:
             dw = dy.t() @ x
-            dw = dw if ctx.dense else dw * mask
+            dw = dw if ctx.dense else dw.masked_fill_(~mask, 0)
         return dx, dw, None, None, None, dy.sum(0) if need_bias else None, None
+
+
+def _product(x: Tensor, packed: Any, outputs: int, bias: Tensor | None) -> Tensor:
+    """x [n, in] -> [n, out]. PyTorch's product of a packed weight refuses n = 0."""
+    return F.linear(x, packed, bias) if len(x) else x.new_empty(0, outputs)

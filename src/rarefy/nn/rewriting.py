@@ -48,6 +48,11 @@ def replaceable(
     return found, why
 
 
+def layer_name(name: str) -> str:
+    """Return the layer that a name means, its own ("fc1") or its weight's ("fc1.weight"; "weight": the model is the layer)."""
+    return "" if name == "weight" else name.removesuffix(".weight")
+
+
 def swap(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put one module in another's place, wherever the model holds it."""
     for parent in list(model.modules()):

@@ -14,7 +14,8 @@ from rarefy.errors import ModelError, OptionError
 from rarefy.kernels import semi_structured
 from rarefy.kernels.plans import Seen
 from rarefy.nn.n_m import GRADIENTS
-from rarefy.nn.rewriting import replaceable
+from rarefy.nn.rewriting import layer_name, replaceable
+from rarefy.nn.straight_through import straight
 
 
 class SemiStructuredLinear(nn.Linear):
@@ -43,7 +44,7 @@ class SemiStructuredLinear(nn.Linear):
         """Make a layer that was found to fit one of these, in place."""
         module.__class__ = SemiStructuredLinear
         assert isinstance(module, SemiStructuredLinear)
-        module.register_buffer("mask", mask)
+        module.register_buffer("mask", mask.clone())
         module.transposable, module.gradient, module.reason = transposable, gradient, None
         module._cache = (Seen(), {})
 
@@ -69,7 +70,9 @@ class SemiStructuredLinear(nn.Linear):
             if self.reason is None:
                 warnings.warn(f"SemiStructuredLinear runs dense: {problem}", stacklevel=2)
             self.reason = problem
-            return F.linear(x, self.weight * self.mask, self.bias)
+            kept = self.gradient == "kept"
+            masked = self.weight.masked_fill(~self.mask, 0) if kept else straight(self.weight, self.mask)
+            return F.linear(x, masked, self.bias)
         self.reason = None
         packed, turned = self._packed(weight.detach())
         with torch.autocast(device, enabled=False):
@@ -83,7 +86,7 @@ class SemiStructuredLinear(nn.Linear):
         if not seen.again(self.weight, self.mask):
             ready.clear()
         if weight.dtype not in ready:
-            masked = weight * self.mask
+            masked = weight.masked_fill(~self.mask, 0)  # what was dropped may have become NaN
             turned = semi_structured.convert(masked.t().contiguous()) if self.transposable else None
             ready[weight.dtype] = (semi_structured.convert(masked), turned)
         found: tuple[Any, Any] = ready[weight.dtype]
@@ -134,7 +137,7 @@ def semi_structured_(
     if gradient not in GRADIENTS:
         raise OptionError(f"semi_structured_: gradient={gradient!r} must be one of {', '.join(GRADIENTS)}")
     found, why = replaceable(model, (nn.Linear,), tied=True)
-    given = None if masks is None else {name.removesuffix(".weight"): mask for name, mask in masks.items()}
+    given = None if masks is None else {layer_name(name): mask for name, mask in masks.items()}
     verdicts: dict[str, str | None] = {}
     for name in (*found, *why) if given is None else given:
         module = found.get(name)
