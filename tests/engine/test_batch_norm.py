@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from rarefy.engine.batch_norm import feed, follow_change
-from rarefy.errors import OptionError
+from rarefy.engine.batch_norm import feed, follow_change, recalibrate
+from rarefy.errors import ModelError, OptionError
 
 
 def build() -> tuple[nn.Sequential, list[torch.Tensor]]:
@@ -25,8 +25,8 @@ def test_unchanged_weights_keep_their_statistics_on_any_data() -> None:
     net, batches = build()
     other = follow_change(copy.deepcopy(net), net, batches)
     for old, new in zip(net.state_dict().values(), other.state_dict().values(), strict=True):
-        if old.is_floating_point():
-            torch.testing.assert_close(new, old)
+        torch.testing.assert_close(new, old)
+    assert int(other[1].num_batches_tracked) == 200
     assert not other.training
 
 
@@ -66,6 +66,17 @@ def test_without_statistics_or_data() -> None:
     with pytest.raises(OptionError, match="at least one batch"):
         follow_change(net, copy.deepcopy(net), [])
     assert all(torch.equal(a, b) for a, b in zip(before.values(), net.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("bad", [torch.randn(1, 4), torch.randn(5, 3), "text"])
+def test_a_batch_that_fails_leaves_statistics_and_modes(bad: object) -> None:
+    net, batches = build()
+    net[1].train()
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(ModelError, match=r"Sequential does not run on batch 2 .* two values or more"):
+        recalibrate(net, [*batches, bad])
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), net.state_dict().values(), strict=True))
+    assert [m.training for m in net] == [False, True, False, False, False] and net[1].momentum == 0.1
 
 
 def test_what_a_batch_may_be() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rarefy.errors import OptionError
+from rarefy.errors import ModelError, OptionError
 
 _ROUNDING = 1e-6  # what is left of the variance of a channel that does not vary, as a share
 
@@ -26,13 +26,14 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
         batches: of the training data, as `feed` takes them.
 
     Raises:
-        OptionError: there is no batch. The statistics are then as they were.
+        OptionError: there is no batch. ModelError: the model does not run on one. The statistics are then as they were.
     """
     norms = _norms(model)
     if not norms:
         return model
     assert norms[0].running_mean is not None
     device = norms[0].running_mean.device
+    before = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
     modes = [(module, module.training) for module in model.modules()]
     momenta = [norm.momentum for norm in norms]
     seen = 0
@@ -45,8 +46,20 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
             if seen == 0:
                 for norm in norms:
                     norm.reset_running_stats()
-            feed(model, batch, device)
+            try:
+                feed(model, batch, device)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                raise ModelError(
+                    f"{type(model).__name__} does not run on batch {seen} with its batch norms in training mode, which "
+                    f"need two values or more for each channel: {error}"
+                ) from error
             seen += 1
+    except BaseException:
+        for buffer, value in before:
+            buffer.copy_(value)
+        raise
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
@@ -64,7 +77,7 @@ def follow_change(model: nn.Module, before: nn.Module, batches: Sequence[Any]) -
     With (mu, v) what `recalibrate` finds in the model, and (mu', v') what it finds in a copy of `before`, the same network with
     its old weights: mean <- mean + mu - mu', variance <- variance * v / v'. What the batches get wrong about both (they are
     few, or not augmented as in training) drops out: unchanged weights keep their statistics exactly. A channel that does not
-    vary on the batches, before or now, keeps its variance.
+    vary on the batches, before or now, keeps its variance. The batches do not count as trained on (`num_batches_tracked`).
 
     Args:
         model: the network with its new weights, and the statistics that fitted the old ones.
@@ -72,10 +85,12 @@ def follow_change(model: nn.Module, before: nn.Module, batches: Sequence[Any]) -
         batches: as for `recalibrate`; they are read twice.
     """
     then = _norms(recalibrate(copy.deepcopy(before), batches))
-    old = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in _norms(before)]  # type: ignore[union-attr]
-    for (mean, variance), norm, past in zip(old, _norms(recalibrate(model, batches)), then, strict=True):
+    old = [[buffer.clone() for buffer in norm.buffers()] for norm in _norms(before)]
+    for (mean, variance, tracked), norm, past in zip(old, _norms(recalibrate(model, batches)), then, strict=True):
         now, was = norm.running_var, past.running_var
         assert norm.running_mean is not None and past.running_mean is not None and now is not None and was is not None
+        assert norm.num_batches_tracked is not None
+        norm.num_batches_tracked.copy_(tracked)
         norm.running_mean.sub_(past.running_mean).add_(mean)
         varies = (now > _ROUNDING * was) & (was > _ROUNDING * now)
         now.copy_(torch.where(varies, variance * now / was, variance))
@@ -84,13 +99,19 @@ def follow_change(model: nn.Module, before: nn.Module, batches: Sequence[Any]) -
 
 def feed(model: nn.Module, batch: Any, device: torch.device | None = None) -> Any:
     """Run the model on a batch: an input, a pair whose first part is the input, or a mapping of keyword arguments."""
+    args, kwargs = arguments_of(batch, device)
+    return model(*args, **kwargs)
+
+
+def arguments_of(batch: Any, device: torch.device | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return what `feed` calls the model with: arguments and keyword arguments, on the device."""
 
     def there(value: Any) -> Any:
         return value.to(device) if isinstance(value, Tensor) else value
 
     if isinstance(batch, Mapping):
-        return model(**{key: there(value) for key, value in batch.items()})
-    return model(there(batch[0] if isinstance(batch, tuple | list) else batch))
+        return (), {key: there(value) for key, value in batch.items()}
+    return (there(batch[0] if isinstance(batch, tuple | list) else batch),), {}
 
 
 def has_statistics(model: nn.Module) -> bool:

@@ -79,9 +79,13 @@ class Moments:
             y = y.movedim(1, -1)
         return y.reshape(-1, self.groups, y.shape[-1] // self.groups).transpose(0, 1)
 
-    def joined(self) -> Tensor:
-        """Return the layer's weight as it is now, with its bias as the last column: float64 [groups, rows, p]."""
-        layer = self.layer
+    def joined(self, layer: LinearLayer | None = None) -> Tensor:
+        """Return the layer's weight as it is now, with its bias as the last column: float64 [groups, rows, p].
+
+        Args:
+            layer: another layer of this shape; default: the one whose moments these are.
+        """
+        layer = self.layer if layer is None else layer
         weight = layer.weight.detach().double().reshape(self.groups, -1, self.inputs)
         if layer.bias is None:
             return weight

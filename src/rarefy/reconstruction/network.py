@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from rarefy.engine import LeftOut, Selector, Target, find_targets
-from rarefy.engine.batch_norm import follow_change
+from rarefy.engine.batch_norm import arguments_of, follow_change
 from rarefy.engine.loading import check_free
 from rarefy.engine.selection import check_fit, list_weights, unwrapped
 from rarefy.errors import ModelError, OptionError, PatternError, SelectionError
@@ -61,7 +61,8 @@ def convert(
         permute: first reorder channels all through the network, so that the pattern keeps more magnitude (`rarefy.rearrange`).
             Outputs stay the same, but parameters have another order than in older checkpoints.
         include, exclude: which layers, as in `sparsify`. Without include these stay dense: the first and the last layer that is
-            called, depthwise convolutions, weights that several modules share, and what is not a Linear or convolution.
+            called, depthwise convolutions, weights that several modules share or that `nn.MultiheadAttention` reads itself, and
+            what is not a Linear or convolution.
         seed: of the permutation search.
 
     Returns:
@@ -163,9 +164,18 @@ def _why_not(model: nn.Module, target: Target) -> str | None:
     sharing = {id(m) for m in model.modules() for p in m._parameters.values() if p is target.parameter}
     if len(sharing) > 1:
         return f"{len(sharing)} modules share it ({', '.join((target.name, *target.aliases))})"
+    if any(isinstance(m, nn.MultiheadAttention) and m.out_proj is module for m in model.modules()):
+        return "nn.MultiheadAttention reads it itself, so its inputs are not seen"
     if not isinstance(module, nn.Linear) and module.groups > 1 and module.weight.shape[1] == 1:
         return "a depthwise convolution, whose outputs read one channel each: there is none to leave out"
     return None
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, LinearLayer]]:
+    """Yield the layers that may be converted, by the names of their weights (without what torch.compile puts before names)."""
+    for target in list_weights(model)[0]:
+        if isinstance(target.module, LinearLayer):
+            yield target.name, target.module
 
 
 def _copy(model: nn.Module) -> nn.Module:
@@ -177,7 +187,8 @@ def _copy(model: nn.Module) -> nn.Module:
 
 def _permuted(model: nn.Module, pattern: Pattern, targets: Sequence[Target], batch: Any, seed: int) -> Rearrangement:
     names = {target.name for target in targets}
-    example = batch if isinstance(batch, Mapping) else (batch[0] if isinstance(batch, tuple | list) else batch,)
+    args, kwargs = arguments_of(batch, targets[0].parameter.device)
+    example = kwargs or args
     return rearrange(model, pattern, example_input=example, include=lambda name, _: name in names, seed=seed)
 
 
@@ -190,15 +201,16 @@ def _convert(
     batches: Sequence[Any],
 ) -> tuple[Converted, ...]:
     """Convert every layer of the student, with inputs and outputs of the teacher."""
-    layers: dict[str, LinearLayer] = {t.name: teacher.get_submodule(t.module_name) for t in targets}  # type: ignore[misc]
+    theirs, mine = (dict(_layers(model)) for model in (teacher, student))
+    layers = {target.name: theirs[target.name] for target in targets}
     done = []
     for name, moments in moments_of(teacher, layers, batches):
         scores = moments.layer.weight.detach().abs()
         mask = pattern.project(scores.float(), pattern.keep(scores.shape), name)
         masked = moments.joined() * moments.free(mask)
         solved = masked if solver is None else solver.solve(moments, mask, pattern.m)
-        moments.write(student.get_submodule(name.removesuffix(".weight")), solved)  # type: ignore[arg-type]
-        done.append(_converted(name, scores, mask, moments, masked, solved))
+        moments.write(mine[name], solved)
+        done.append(_converted(name, scores, mask, moments, masked, moments.joined(mine[name])))  # rounded to its dtype
     return tuple(done)
 
 
