@@ -170,25 +170,38 @@ void strips(const float* values, const std::int32_t* index, std::size_t steps, b
     }
 }
 
-inline __m512i places(const std::int32_t* index, std::size_t step, std::size_t ld) {  // in the dense matrix, from the tile's corner
-    const __m128i shift = _mm_cvtsi32_si128(static_cast<int>(step % NM_LINE * 4));
-    const __m512i line = _mm512_srl_epi32(load_line(index + step / NM_LINE * T), shift);
-    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    return _mm512_add_epi32(_mm512_mullo_epi32(lanes, _mm512_set1_epi32(static_cast<int>(ld))),
-                            _mm512_and_epi32(line, _mm512_set1_epi32(15)));
-}
+// Where a step's weights stand in the dense matrix, from the tile's corner, and which of them stand in it.
+struct Places {
+    __m512i at;
+    __mmask16 real;
+    Places(const std::int32_t* index, std::size_t step, std::uint16_t used, std::size_t ld, std::size_t rows, std::size_t cols) {
+        const __m128i shift = _mm_cvtsi32_si128(static_cast<int>(step % NM_LINE * 4));
+        const __m512i line = _mm512_srl_epi32(load_line(index + step / NM_LINE * T), shift);
+        const __m512i col = _mm512_and_epi32(line, _mm512_set1_epi32(15));
+        const __m512i row = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        at = _mm512_add_epi32(_mm512_mullo_epi32(row, _mm512_set1_epi32(static_cast<int>(ld))), col);
+        const __mmask16 in_rows = _mm512_mask_cmplt_epi32_mask(used, row, _mm512_set1_epi32(static_cast<int>(rows)));
+        real = _mm512_mask_cmplt_epi32_mask(in_rows, col, _mm512_set1_epi32(static_cast<int>(cols)));
+    }
+};
 
 constexpr std::size_t AHEAD = 8 * T;  // a tile is a line of each of 16 rows: no prefetcher sees them coming
 
-void gather(const float* weight, std::size_t ld, const std::int32_t* index, const std::uint16_t* used, std::size_t steps, float* values) {
+void gather(const float* weight, std::size_t ld, std::size_t rows, std::size_t cols, const std::int32_t* index, const std::uint16_t* used,
+            std::size_t steps, float* values) {
     for (std::size_t r = 0; r < T; ++r) __builtin_prefetch(weight + r * ld + AHEAD);
-    for (std::size_t step = 0; step < steps; ++step)
-        store(values + step * T, _mm512_mask_i32gather_ps(zero(), used[step], places(index, step, ld), weight, 4));
+    for (std::size_t step = 0; step < steps; ++step) {
+        const Places places(index, step, used[step], ld, rows, cols);
+        store(values + step * T, _mm512_mask_i32gather_ps(zero(), places.real, places.at, weight, 4));
+    }
 }
 
-void scatter(const float* values, const std::int32_t* index, const std::uint16_t* used, std::size_t steps, float* weight, std::size_t ld) {
-    for (std::size_t step = 0; step < steps; ++step)
-        _mm512_mask_i32scatter_ps(weight, used[step], places(index, step, ld), load(values + step * T), 4);
+void scatter(const float* values, const std::int32_t* index, const std::uint16_t* used, std::size_t steps, float* weight, std::size_t ld,
+             std::size_t rows, std::size_t cols) {
+    for (std::size_t step = 0; step < steps; ++step) {
+        const Places places(index, step, used[step], ld, rows, cols);
+        _mm512_mask_i32scatter_ps(weight, places.real, places.at, load(values + step * T), 4);
+    }
 }
 
 #else
@@ -317,16 +330,22 @@ void strips(const float* values, const std::int32_t* index, std::size_t steps, b
         }
 }
 
-void gather(const float* weight, std::size_t ld, const std::int32_t* index, const std::uint16_t* used, std::size_t steps, float* values) {
+void gather(const float* weight, std::size_t ld, std::size_t rows, std::size_t cols, const std::int32_t* index, const std::uint16_t* used,
+            std::size_t steps, float* values) {
     for (std::size_t step = 0; step < steps; ++step)
-        for (std::size_t i = 0; i < T; ++i)
-            values[step * T + i] = used[step] >> i & 1 ? weight[i * ld + place(index, step, i, false)] : 0.0f;
+        for (std::size_t i = 0; i < T; ++i) {
+            const unsigned col = place(index, step, i, false);
+            values[step * T + i] = (used[step] >> i & 1) != 0 && i < rows && col < cols ? weight[i * ld + col] : 0.0f;
+        }
 }
 
-void scatter(const float* values, const std::int32_t* index, const std::uint16_t* used, std::size_t steps, float* weight, std::size_t ld) {
+void scatter(const float* values, const std::int32_t* index, const std::uint16_t* used, std::size_t steps, float* weight, std::size_t ld,
+             std::size_t rows, std::size_t cols) {
     for (std::size_t step = 0; step < steps; ++step)
-        for (std::size_t i = 0; i < T; ++i)
-            if (used[step] >> i & 1) weight[i * ld + place(index, step, i, false)] = values[step * T + i];
+        for (std::size_t i = 0; i < rows; ++i) {
+            const unsigned col = place(index, step, i, false);
+            if ((used[step] >> i & 1) != 0 && col < cols) weight[i * ld + col] = values[step * T + i];
+        }
 }
 
 #endif

@@ -186,8 +186,8 @@ void n_m_gather(const NMWeight& w, const float* weight, float* values, std::size
     const NMKernels& k = RAREFY_AT_LEVEL(n_m);
     const NMShape& s = w.shape;
     each_tile(s, threads, [&](std::size_t tile, std::size_t row, std::size_t col) {
-        k.gather(weight + row * s.cols + col, s.cols, w.index + tile * s.lines() * T, w.used + tile * s.steps, s.steps,
-                 values + tile * s.steps * T);
+        k.gather(weight + row * s.cols + col, s.cols, std::min(T, s.rows - row), std::min(T, s.cols - col),
+                 w.index + tile * s.lines() * T, w.used + tile * s.steps, s.steps, values + tile * s.steps * T);
     });
 }
 
@@ -198,7 +198,7 @@ void n_m_scatter(const NMWeight& w, float* weight, std::size_t threads) {
         std::fill(weight + r * T * s.cols, weight + std::min(s.rows, (r + 1) * T) * s.cols, 0.0f);
         for (std::size_t c = 0, tile = r * s.col_tiles(); c < s.col_tiles(); ++c, ++tile)
             k.scatter(w.values + tile * s.steps * T, w.index + tile * s.lines() * T, w.used + tile * s.steps, s.steps,
-                      weight + r * T * s.cols + c * T, s.cols);
+                      weight + r * T * s.cols + c * T, s.cols, std::min(T, s.rows - r * T), std::min(T, s.cols - c * T));
     });
 }
 

@@ -70,11 +70,12 @@ struct NMKernels {
     // q * quad_step; a place counts from `first` inputs before the tile. `inverse`: of the transposed product.
     void (*strips)(const float* values, const std::int32_t* index, std::size_t steps, bool inverse, std::size_t first, float* to_values,
                    std::uint16_t* to_offsets, std::size_t quad_step);
-    // A tile's weights from a dense matrix, and back; `weight` is the tile's corner.
-    void (*gather)(const float* weight, std::size_t ld, const std::int32_t* index, const std::uint16_t* used, std::size_t steps,
-                   float* values);
+    // A tile's weights from a dense matrix, and back; `weight` is the tile's corner. Places beyond the first `rows` outputs or `cols`
+    // inputs lie outside of the matrix: whatever an index says (it may come from a file), they are neither read nor written.
+    void (*gather)(const float* weight, std::size_t ld, std::size_t rows, std::size_t cols, const std::int32_t* index,
+                   const std::uint16_t* used, std::size_t steps, float* values);
     void (*scatter)(const float* values, const std::int32_t* index, const std::uint16_t* used, std::size_t steps, float* weight,
-                    std::size_t ld);
+                    std::size_t ld, std::size_t rows, std::size_t cols);
 };
 RAREFY_EVERY_LEVEL(extern const NMKernels n_m)
 

@@ -139,3 +139,26 @@ TEST(n_m_values_gradient) {
         }
     });
 }
+
+// An index may come from a damaged file: nothing outside of the matrix is touched, whatever it says.
+TEST(n_m_index_of_any_bits_stays_inside) {
+    for (int round = 0; round < 60; ++round) {
+        const NMShape shape{pick({1, 15, 16, 17, 40}), pick({1, 15, 16, 17, 48, 70}), pick({1, 3, 4, 5, 16})};
+        const std::size_t n = pick({1, 9, 70});
+        Exact<std::int32_t> index(shape.index());
+        Exact<std::uint16_t> used(shape.tiles() * shape.steps);
+        for (std::size_t i = 0; i < index.size(); ++i) index[i] = static_cast<std::int32_t>(pick(0, 0xffff) << 16 | pick(0, 0xffff));
+        for (std::size_t i = 0; i < used.size(); ++i) used[i] = static_cast<std::uint16_t>(pick(0, 1) == 1 ? 0xffff : pick(0, 0xffff));
+        const Floats dense = randoms(shape.rows * shape.cols), x = randoms(n * shape.cols), dy = randoms(n * shape.rows);
+        Floats values(shape.values(), NAN), back(dense.size(), NAN), y(n * shape.rows), dx(n * shape.cols);
+        const rarefy::NMWeight w{shape, values.data(), index.data(), used.data()};
+        rarefy::n_m_gather(w, dense.data(), values.data(), 2);
+        rarefy::n_m_scatter(w, back.data(), 2);
+        for (std::size_t i = 0; i < back.size(); ++i) CHECK(back[i] == dense[i] || back[i] == 0);
+        for (const auto way : {&rarefy::n_m_by_tiles, &rarefy::n_m_by_strips}) {
+            way(w, false, x.data(), n, nullptr, rarefy::Act::none, y.data(), 2);
+            way(w, true, dy.data(), n, nullptr, rarefy::Act::none, dx.data(), 2);
+        }
+        rarefy::n_m_values_gradient(w, x.data(), dy.data(), n, values.data(), 2);
+    }
+}

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rarefy
-from rarefy.errors import ModelError, OptionError, PatternError
+from rarefy.errors import ModelError, OptionError, PatternError, StateError
 from rarefy.nn import NMLinear, n_m_
 from rarefy.patterns import NM, TransposableNM
 
@@ -156,3 +156,61 @@ def test_errors_leave_the_model_as_it_was():
     assert torch.equal(layer.mask(), masks["0.weight"])
     with pytest.raises(OptionError, match="x is"):
         layer(torch.randn(3, 31))
+
+
+def test_a_bare_layer_goes_by_its_weight_or_no_name():
+    for name in ("weight", ""):
+        layer = nn.Linear(32, 48)
+        mask = transposable(layer.weight)
+        assert n_m_(layer, {name: mask}, 2, 8) == [""]
+        assert torch.equal(layer.mask(), mask)
+
+
+def test_what_was_dropped_may_be_anything():
+    for value in (torch.nan, torch.inf):
+        layer = NMLinear(32, 48, mask=transposable(torch.randn(48, 32)), n=2, m=8)
+        with torch.no_grad():
+            layer.weight[~layer.mask()] = value
+        x = torch.randn(3, 32)
+        y, plain = layer(x), layer.to_dense()
+        assert bool(plain.weight.isfinite().all()) and bool(y.isfinite().all())
+        torch.testing.assert_close(plain(x), y, rtol=1e-5, atol=1e-6)
+        layer.dense_()
+        assert torch.equal(layer.weight, plain.weight)
+
+
+def test_a_mask_is_loaded_and_not_the_bits_of_an_index():
+    """The index of a layer without the way back, loaded into one that needs it."""
+    mask = transposable(torch.randn(40, 24))
+    rows = NMLinear(24, 40, mask=mask, n=2, m=8, transposable=False)
+    both = NMLinear(24, 40, mask=transposable(torch.randn(40, 24)), n=2, m=8)
+    before = both.index, both.used
+    both.load_state_dict(rows.state_dict())
+    assert torch.equal(both.mask(), mask) and both.index is before[0] and both.used is before[1]
+    x = torch.randn(6, 24, requires_grad=True)
+    dy = torch.randn(6, 40)
+    both(x).backward(dy)
+    torch.testing.assert_close(x.grad, dy @ (rows.weight * mask), rtol=1e-5, atol=1e-5)
+    again = NMLinear(24, 40, mask=mask, n=2, m=8)
+    state = both.state_dict()
+    again.load_state_dict(state, assign=True)
+    assert torch.equal(again.index, both.index) and torch.equal(again(x), both(x))
+    assert [*state] == ["weight", "bias", "index", "used"] and state["index"].data_ptr() == both.index.data_ptr()
+
+
+@pytest.mark.parametrize("bits", [-1, 0x4321, 0x7FFF])
+def test_a_damaged_index_is_refused(bits, tmp_path):
+    layer = NMLinear(24, 40, mask=transposable(torch.randn(40, 24)), n=2, m=8)
+    model = nn.Sequential(nn.Linear(24, 24), layer)
+    kept, before = layer.mask(), {name: t.clone() for name, t in model.state_dict().items()}
+    state = {name: t.clone() + (1 if t.is_floating_point() else 0) for name, t in before.items()}
+    state["1.index"].fill_(bits)
+    state["1.used"].fill_(-1)
+    path = tmp_path / "damaged.safetensors"
+    rarefy.save(state, path)
+    with pytest.raises(StateError, match=r"1\.index and 1\.used are not a mask of this layer"):
+        rarefy.load(path, model)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    with pytest.raises(RuntimeError, match="not a mask of this layer"):
+        model.load_state_dict(state)
+    assert torch.equal(layer.mask(), kept)

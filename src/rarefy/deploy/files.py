@@ -239,8 +239,10 @@ def _fill(file: str, model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
                 f"{file}: {name} is {tensor.dtype} {list(tensor.shape)}, the model's is {mine[name].dtype} "
                 f"{list(mine[name].shape)}"
             )
+    before = {name: tensor.clone() for name, tensor in mine.items()}
     try:
         model.load_state_dict(state)
     except (RuntimeError, ValueError) as error:
+        model.load_state_dict(before)
         raise StateError(f"{file} does not fit the model: {error}") from error
     return model

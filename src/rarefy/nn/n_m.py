@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from rarefy.errors import ModelError, OptionError
+from rarefy.errors import ModelError, OptionError, RarefyError
 from rarefy.kernels.n_m import NMIndex, n_m_gather, n_m_index, n_m_linear
-from rarefy.nn.rewriting import replaceable
+from rarefy.nn.rewriting import layer_name, replaceable
 
 GRADIENTS = ("kept", "dense")
 
@@ -112,7 +113,8 @@ class NMLinear(nn.Linear):
     def to_dense(self) -> nn.Linear:
         """Return a `torch.nn.Linear` with copies of the kept weights and exact zeros elsewhere."""
         new = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        new.weight = nn.Parameter(self.weight.detach() * self.mask(), requires_grad=self.weight.requires_grad)
+        weight = self.weight.detach().masked_fill(~self.mask(), 0)  # what was dropped may have become NaN
+        new.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
         if self.bias is not None:
             new.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
         return new.train(self.training)
@@ -120,13 +122,32 @@ class NMLinear(nn.Linear):
     @torch.no_grad()
     def dense_(self) -> None:
         """Become a plain `torch.nn.Linear` again, in place: the same parameters, exact zeros where nothing is kept."""
-        self.weight.mul_(self.mask())
+        self.weight.masked_fill_(~self.mask(), 0)
         del self.index, self.used, self.n, self.m, self.transposable, self.gradient
         self.__class__ = nn.Linear  # type: ignore[assignment]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        """Load the mask that an index stands for, and index it anew: one that is damaged, or for rows alone, would not fit."""
+        names = [prefix + "index", prefix + "used"]
+        index, used = (state_dict.get(name) for name in names)
+        if _alike(index, self.index) and _alike(used, self.used):
+            ours = self.topology
+            try:
+                mask = replace(ours, index=index.cpu(), used=used.cpu()).mask()
+                ours = n_m_index(mask, self.n, self.m, transposable=self.transposable).to(index.device)
+            except (RarefyError, IndexError) as error:
+                errors: list[str] = others[-1]
+                errors.append(f"{' and '.join(names)} are not a mask of this layer: {error}")
+            state_dict.update(zip(names, (ours.index, ours.used), strict=True))
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
     def extra_repr(self) -> str:
         how = " transposable" if self.transposable else ""
         return f"{super().extra_repr()}, {self.n}:{self.m}{how}, gradient={self.gradient}"
+
+
+def _alike(new: object, old: Tensor) -> TypeGuard[Tensor]:
+    return isinstance(new, Tensor) and new.shape == old.shape and new.dtype == old.dtype and not new.is_meta
 
 
 def n_m_(
@@ -160,7 +181,7 @@ def n_m_(
     found, why = replaceable(model, (nn.Linear,), tied=True)
     ready: dict[str, tuple[nn.Linear, NMLinear]] = {}
     for full, mask in masks.items():
-        name = full.removesuffix(".weight")
+        name = layer_name(full)
         module = found.get(name)
         if not isinstance(module, nn.Linear):
             reason = why.get(name, "the model has no linear layer of that name")
