@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
@@ -20,11 +21,15 @@ class _Entry(NamedTuple):
 
 
 class PlanCache:
-    """Plans by the memory that holds `crow` and `col`: a change in place, or memory that was freed, makes a plan invalid."""
+    """Plans by the memory that holds `crow` and `col`: a change in place, or memory that was freed, makes a plan invalid.
+
+    Threads may share it; what two of them miss at once is made twice.
+    """
 
     def __init__(self, most: int = MOST) -> None:
         self._most = most
         self._plans: OrderedDict[tuple[Hashable, Hashable], _Entry] = OrderedDict()
+        self._lock = threading.Lock()
         atexit.register(self._plans.clear)  # before the native module goes
 
     def __len__(self) -> int:
@@ -36,16 +41,18 @@ class PlanCache:
             return make()
         place = tuple((t.data_ptr(), t.numel()) for t in (crow, col))
         versions = (crow._version, col._version)
-        found = self._plans.get((place, use))
-        if found is not None and found.versions == versions and not _expired(found):
-            self._plans.move_to_end((place, use))
-            return found.plan
-        self._drop_dead(place, versions)
+        with self._lock:
+            found = self._plans.get((place, use))
+            if found is not None and found.versions == versions and not _expired(found):
+                self._plans.move_to_end((place, use))
+                return found.plan
+            self._drop_dead(place, versions)
         plan = make()
         storages = (StorageWeakRef(crow.untyped_storage()), StorageWeakRef(col.untyped_storage()))
-        self._plans[place, use] = _Entry(versions, storages, plan)
-        while len(self._plans) > self._most:
-            self._plans.popitem(last=False)
+        with self._lock:
+            self._plans[place, use] = _Entry(versions, storages, plan)
+            while len(self._plans) > self._most:
+                self._plans.popitem(last=False)
         return plan
 
     def _drop_dead(self, place: Hashable, versions: tuple[int, int]) -> None:
