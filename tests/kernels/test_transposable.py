@@ -154,6 +154,16 @@ def test_minus_infinity_is_kept_only_where_it_must_be(solver: str) -> None:
     assert (lines(transposable_nm(row, 2, 4, solver), 4) == 2).all()
 
 
+def test_a_tile_in_pytorch_does_not_depend_on_its_neighbours() -> None:
+    """Minus infinity takes bits from its own tile alone."""
+    fine = 1 + 2.0**-44 * scores(8, 8, dtype=torch.float64)
+    forbidden = scores(8, 8, seed=1, dtype=torch.float64)
+    forbidden[0, 0] = -math.inf
+    both = solve_in_torch(torch.cat([fine, forbidden]), 4, 8)
+    assert torch.equal(both, torch.cat([solve_in_torch(tile, 4, 8) for tile in (fine, forbidden)]))
+    assert torch.equal(both, transposable_nm(torch.cat([fine, forbidden]), 4, 8, "exact"))
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (8, 8)])
 def test_what_is_no_number_is_named(n: int, m: int, bad: float) -> None:

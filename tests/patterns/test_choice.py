@@ -33,6 +33,7 @@ def test_the_sparsest_that_is_sure_enough(sparsity: float, m: int, confidence: f
 
 def test_ends_and_errors() -> None:
     assert nm_for(0.0, 4) == NM(4, 4) and nm_for(0.999, 4) == NM(1, 4)
+    assert nm_for(0.5, 1024).n == 1024 - int(binom.ppf(0.05, 1024, 0.5))
     for wrong in (
         {"sparsity": 1.0},
         {"sparsity": -0.1},
@@ -40,6 +41,7 @@ def test_ends_and_errors() -> None:
         {"confidence": 1.0},
         {"m": 0},
         {"m": 2.5},
+        {"m": 1025},
     ):
         with pytest.raises(OptionError, match=next(iter(wrong))):
             nm_for(**{"sparsity": 0.5, "m": 4, **wrong})  # type: ignore[arg-type]

@@ -18,14 +18,14 @@ def whole_numbers(tiles: Tensor) -> Tensor:
     """Return scores [T, m, m] as int64, scaled by a power of two for each tile; minus infinity as a price none can pay."""
     wide = tiles.double()
     forbidden = wide == -torch.inf
-    bits = 40 if bool(forbidden.any()) else 50
+    bits = torch.where(forbidden.any(2).any(1), 40, 50)[:, None, None]
     wide = wide.masked_fill(forbidden, 0)
     _, exponent = torch.frexp(wide.abs().amax((1, 2), keepdim=True))
     shift = (bits - exponent).double()
     half = (shift / 2).floor()
     whole = (wide * torch.exp2(half) * torch.exp2(shift - half)).round().long()
     # Above what the whole rest of a tile can gain: 2 n m <= 2^11 times the largest score.
-    return whole.masked_fill_(forbidden, -(1 << (bits + 12)))
+    return whole.masked_fill_(forbidden, -(1 << 52))
 
 
 def optimum(tiles: Tensor, n: int, sweeps: int = 6) -> Tensor:

@@ -17,7 +17,7 @@ def nm_for(sparsity: float, m: int, confidence: float = 0.95) -> NM:
 
     Args:
         sparsity: fraction of zeros, in [0, 1).
-        m: length of a group, 1 or more.
+        m: length of a group, from 1 to 1024.
         confidence: in [0, 1). Default 0.95 (the paper's).
 
     Raises:
@@ -33,8 +33,8 @@ def nm_for(sparsity: float, m: int, confidence: float = 0.95) -> NM:
     for name, value in (("sparsity", sparsity), ("confidence", confidence)):
         if not 0.0 <= value < 1.0:
             raise OptionError(f"{name}={value!r} must be in [0, 1)")
-    if isinstance(m, bool) or not isinstance(m, int) or m < 1:
-        raise OptionError(f"m={m!r} must be a whole number of at least 1")
+    if isinstance(m, bool) or not isinstance(m, int) or not 1 <= m <= 1024:
+        raise OptionError(f"m={m!r} must be a whole number from 1 to 1024")
     tail = 0.0
     for zeros in range(m, 0, -1):
         tail += math.comb(m, zeros) * sparsity**zeros * (1 - sparsity) ** (m - zeros)
