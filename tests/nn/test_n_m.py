@@ -198,6 +198,30 @@ def test_a_mask_is_loaded_and_not_the_bits_of_an_index():
     assert [*state] == ["weight", "bias", "index", "used"] and state["index"].data_ptr() == both.index.data_ptr()
 
 
+def test_averaged_models_keep_the_mask():
+    model = mlp()
+    n_m_(model, masks_of(model), 2, 8)
+    average = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+    for _ in range(3):
+        average.update_parameters(model)
+    x = torch.randn(5, 32)
+    torch.testing.assert_close(average(x), model(x))
+    assert all(torch.equal(average.module[i].mask(), model[i].mask()) for i in (0, 2))
+
+
+def test_a_layer_without_memory_is_filled_by_loading():
+    mask = transposable(torch.randn(48, 32))
+    full = NMLinear(32, 48, mask=mask, n=2, m=8)
+    for assign in (True, False):
+        empty = NMLinear(32, 48, mask=torch.zeros_like(mask), n=2, m=8, device="meta")
+        assert empty.index.is_meta and empty.weight.is_meta
+        if not assign:
+            empty.to_empty(device="cpu")
+        empty.load_state_dict(full.state_dict(), assign=assign)
+        x = torch.randn(3, 32)
+        assert torch.equal(empty(x), full(x))
+
+
 @pytest.mark.parametrize("bits", [-1, 0x4321, 0x7FFF])
 def test_a_damaged_index_is_refused(bits, tmp_path):
     layer = NMLinear(24, 40, mask=transposable(torch.randn(40, 24)), n=2, m=8)

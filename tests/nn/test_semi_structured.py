@@ -268,6 +268,22 @@ def test_the_mask_is_its_own_and_what_it_drops_may_be_anything(emulated):
     assert bool(layer(x).isfinite().all()) and bool(x.grad.isfinite().all())
 
 
+@pytest.mark.parametrize("transposable", [True, False])
+def test_a_mask_that_is_not_2_4_is_not_loaded(emulated, transposable):
+    model = mlp()
+    semi_structured_(model, masks_of(model), transposable=transposable)
+    before = model[0].mask.clone()
+    rows = two_of_four(torch.randn(128, 64), transposable=False)
+    model.load_state_dict({**model.state_dict(), "0.mask": two_of_four(torch.randn(128, 64))})
+    model.load_state_dict({**model.state_dict(), "0.mask": before})
+    if transposable:
+        with pytest.raises(RuntimeError, match=r"0\.mask is not 2:4: .* outputs"):
+            model.load_state_dict({**model.state_dict(), "0.mask": rows})
+    with pytest.raises(RuntimeError, match=r"0\.mask is not 2:4: it keeps 4 of 4 neighbouring inputs"):
+        model.load_state_dict({**model.state_dict(), "0.mask": torch.ones_like(before)})
+    assert torch.equal(model[0].mask, before)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("transposable", [True, False])

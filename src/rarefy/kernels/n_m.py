@@ -139,7 +139,8 @@ def n_m_linear(
     Args:
         x, values, bias: of one float dtype and device (under autocast: are cast to it); `values` as `n_m_gather` gives them.
         straight_through: the dense weight [out, in] that the values were gathered from. The gradient then goes to all of
-            it, as if nothing were masked (a dense product), and none goes to `values`.
+            it, as if nothing were masked (a dense product), and none goes to `values`. A gradient of that gradient takes
+            the kept values for constants.
 
     Raises OptionError where shapes, dtypes or devices do not fit.
     """

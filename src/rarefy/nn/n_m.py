@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, TypeGuard
 
 import torch
@@ -21,7 +20,8 @@ class NMLinear(nn.Linear):
 
     `weight` stays the dense parameter: optimizers, checkpoints and methods see it as before, whatever it holds where nothing
     is kept. Every forward pass gathers the kept values; the output, and with a transposable mask the input's gradient from
-    the same copy, take n/m of a dense product. Buffers `index` and `used` hold the mask, and are in the state dict.
+    the same copy, take n/m of a dense product. Buffers `index` and `used` hold the mask, and are in the state dict. They are
+    int16, which averaging of models in float32 (`torch.optim.swa_utils`, with buffers) leaves as it is.
 
     Args:
         in_features, out_features, bias, device, dtype: as in `torch.nn.Linear`.
@@ -69,18 +69,21 @@ class NMLinear(nn.Linear):
             raise OptionError(f"NMLinear: gradient={gradient!r} must be one of {', '.join(GRADIENTS)}")
         index = self._index(mask, n, m, transposable)
         self.n, self.m, self.transposable, self.gradient = n, m, transposable, gradient
-        self.register_buffer("index", index.index)
-        self.register_buffer("used", index.used)
+        for name, buffer in _buffers(index).items():
+            self.register_buffer(name, buffer)
 
     def _index(self, mask: Tensor, n: int, m: int, transposable: bool) -> NMIndex:
         if tuple(mask.shape) != tuple(self.weight.shape):
             raise OptionError(f"NMLinear: a mask of {list(mask.shape)} for a weight of {list(self.weight.shape)}")
-        return n_m_index(mask.to(self.weight.device), n, m, transposable=transposable)
+        return n_m_index(mask, n, m, transposable=transposable).to(self.weight.device)
 
     @property
     def topology(self) -> NMIndex:
         """Where the kept weights stand, as the kernels want it."""
-        return NMIndex(self.index, self.used, (self.out_features, self.in_features), self.transposable)
+        return self._topology(self.index, self.used)
+
+    def _topology(self, index: Tensor, used: Tensor) -> NMIndex:
+        return NMIndex(index.view(torch.int32), used, (self.out_features, self.in_features), self.transposable)
 
     def mask(self) -> Tensor:
         """Return the mask, bool [out_features, in_features]."""
@@ -89,9 +92,8 @@ class NMLinear(nn.Linear):
     @torch.no_grad()
     def set_mask_(self, mask: Tensor) -> None:
         """Compute with another mask of the same pattern from now on. Raises as the class does; nothing has changed then."""
-        index = self._index(mask, self.n, self.m, self.transposable)
-        self.index.copy_(index.index)
-        self.used.copy_(index.used)
+        for name, buffer in _buffers(self._index(mask, self.n, self.m, self.transposable)).items():
+            getattr(self, name).copy_(buffer)
 
     def forward(self, x: Tensor) -> Tensor:
         values = n_m_gather(self.weight, self.topology)
@@ -128,22 +130,25 @@ class NMLinear(nn.Linear):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
         """Load the mask that an index stands for, and index it anew: one that is damaged, or for rows alone, would not fit."""
-        names = [prefix + "index", prefix + "used"]
-        index, used = (state_dict.get(name) for name in names)
+        index, used = (state_dict.get(prefix + name) for name in ("index", "used"))
         if _alike(index, self.index) and _alike(used, self.used):
-            ours = self.topology
+            new = {"index": self.index, "used": self.used}
             try:
-                mask = replace(ours, index=index.cpu(), used=used.cpu()).mask()
-                ours = n_m_index(mask, self.n, self.m, transposable=self.transposable).to(index.device)
+                mask = self._topology(index.to("cpu", copy=True), used.cpu()).mask()
+                new = _buffers(n_m_index(mask, self.n, self.m, transposable=self.transposable).to(index.device))
             except (RarefyError, IndexError) as error:
                 errors: list[str] = others[-1]
-                errors.append(f"{' and '.join(names)} are not a mask of this layer: {error}")
-            state_dict.update(zip(names, (ours.index, ours.used), strict=True))
+                errors.append(f"{prefix}index and {prefix}used are not a mask of this layer: {error}")
+            state_dict.update({prefix + name: buffer for name, buffer in new.items()})
         super()._load_from_state_dict(state_dict, prefix, *others)
 
     def extra_repr(self) -> str:
         how = " transposable" if self.transposable else ""
         return f"{super().extra_repr()}, {self.n}:{self.m}{how}, gradient={self.gradient}"
+
+
+def _buffers(index: NMIndex) -> dict[str, Tensor]:
+    return {"index": index.index.view(torch.int16), "used": index.used}
 
 
 def _alike(new: object, old: Tensor) -> TypeGuard[Tensor]:

@@ -23,6 +23,7 @@ class SemiStructuredLinear(nn.Linear):
 
     `weight` stays the dense parameter. It is masked and compressed when it has changed since the last forward pass: once for
     inference, once a step in training (twice with `transposable`: the input's gradient then runs on sparse tensor cores too).
+    Changes through `weight.data` are not seen, for PyTorch does not count them: write to the weight under `torch.no_grad()`.
     The weight's gradient is a dense product. Computes in the weight's dtype, or under autocast in that of autocast. Where a
     forward pass cannot run so (the model was moved to the CPU, say) it runs dense and warns once, with the reason, which
     `reason` keeps.
@@ -91,6 +92,17 @@ class SemiStructuredLinear(nn.Linear):
             ready[weight.dtype] = (semi_structured.convert(masked), turned)
         found: tuple[Any, Any] = ready[weight.dtype]
         return found
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        """Refuse a mask that is not 2:4: cuSPARSELt would compute something else without a word."""
+        mask, problem = state_dict.get(prefix + "mask"), None
+        if isinstance(mask, Tensor) and mask.shape == self.mask.shape and not mask.is_meta:
+            problem = semi_structured.pattern_problem(mask != 0, both=self.transposable)
+        if problem is not None:
+            errors: list[str] = others[-1]
+            errors.append(f"{prefix}mask is not 2:4: {problem}")
+            state_dict[prefix + "mask"] = self.mask
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_cache": None}
