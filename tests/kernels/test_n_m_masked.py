@@ -82,6 +82,25 @@ def test_it_runs_on_the_kernels_and_a_mask_changed_in_place_is_another(made: lis
         close(a, b, 1e-5)
 
 
+def test_the_same_memory_may_hold_another_mask() -> None:
+    """A transposed mask shares memory, size and version with the mask."""
+    x, w = randn(5, 32), randn(32, 32, seed=1)
+    mask = circulant(32, 32, 2, 8)
+    assert not torch.equal(mask, mask.t())
+    for seen in (mask, mask.t(), mask[:16].view(32, 16), mask[:16]):
+        weight, inputs = w[: seen.shape[0], : seen.shape[1]], x[:, : seen.shape[1]]
+        close(n_m_masked_linear(inputs, weight, seen, 2, 8), F.linear(inputs, weight * seen), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_is_dropped_may_be_anything(dtype: torch.dtype) -> None:
+    mask = circulant(16, 32, 2, 8)
+    x, w = randn(4, 32, dtype=dtype).requires_grad_(), randn(16, 32, seed=1, dtype=dtype).masked_fill(~mask, torch.nan)
+    y = n_m_masked_linear(x, w, mask, 2, 8)
+    y.sum().backward()
+    assert x.grad is not None and bool(y.isfinite().all()) and bool(x.grad.isfinite().all())
+
+
 def test_second_derivatives_other_dtypes_and_bad_arguments() -> None:
     mask = circulant(8, 16, 2, 4)
     x, w, b = (randn(*shape, dtype=torch.float64).requires_grad_() for shape in ((3, 16), (8, 16), (8,)))
@@ -95,7 +114,7 @@ def test_second_derivatives_other_dtypes_and_bad_arguments() -> None:
     assert torch.autograd.gradgradcheck(lambda x, b: run(x, w.detach(), b).square(), (x, b))
     assert n_m_masked_linear(x[0], w, mask, 2, 4, b).shape == (8,)
     bad = [(x.float(), w, mask, 2, 4), (x[:, :8], w, mask, 2, 4), (x, w, mask.float(), 2, 4), (x, w, mask[:4], 2, 4),
-           (x, w, mask, 3, 5), (x, w, mask, 5, 4)]  # fmt: skip
+           (x, w, mask, 3, 5), (x, w, mask, 5, 4), (x, w, mask, 2, 4, b[:4]), (x, w, mask, 2, 4, b.float())]  # fmt: skip
     for args in bad:
         with pytest.raises(OptionError, match="n_m_masked_linear"):
             n_m_masked_linear(*args)

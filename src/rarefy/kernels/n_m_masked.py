@@ -28,7 +28,9 @@ _library.define(
 
 
 def n_m_masked_linear(x: Tensor, weight: Tensor, mask: Tensor, n: int, m: int, bias: Tensor | None = None) -> Tensor:
-    """Return x (weight * mask)^T + bias: x [..., in] -> [..., out]; dL/dweight is dL/dy^T x, kept or not.
+    """Return x W^T + bias, W the weight where the mask is True and zero elsewhere: x [..., in] -> [..., out].
+
+    dL/dweight is dL/dy^T x, kept or not.
 
     Args:
         x, weight, bias: of one float dtype and device; weight [out, in]. Float32 on the CPU runs on the N:M kernels.
@@ -50,6 +52,10 @@ def n_m_masked_linear(x: Tensor, weight: Tensor, mask: Tensor, n: int, m: int, b
         raise OptionError(
             f"n_m_masked_linear: x must be {weight.dtype} [..., {weight.shape[1]}]; it is {x.dtype} {list(x.shape)}"
         )
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype):
+        raise OptionError(
+            f"n_m_masked_linear: the bias must be {x.dtype} [{len(weight)}]; it is {bias.dtype} {list(bias.shape)}"
+        )
     y, _ = torch.ops.rarefy.n_m_masked(x.reshape(-1, x.shape[-1]), weight, mask, bias, n, m)
     result: Tensor = y.view(*x.shape[:-1], weight.shape[0])
     return result
@@ -62,7 +68,7 @@ def _index_of(mask: Tensor, n: int, m: int) -> NMIndex | None:
         except PatternError:
             return None
 
-    found: NMIndex | None = _indices.get(mask, mask, (n, m), make)
+    found: NMIndex | None = _indices.get(mask, mask, (n, m, mask.shape, mask.stride()), make)
     return found
 
 
@@ -75,7 +81,7 @@ def _places(weight: Tensor, n: int, m: int) -> tuple[int, int, int, int]:
 def _linear(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, n: int, m: int) -> tuple[Tensor, Tensor]:
     index = _index_of(mask, n, m) if weight.device.type == "cpu" and weight.dtype == torch.float32 else None
     if index is None:
-        return F.linear(x, weight * mask, bias), weight.new_zeros(_places(weight, n, m))
+        return F.linear(x, weight.masked_fill(~mask, 0), bias), weight.new_zeros(_places(weight, n, m))
     values = n_m_gather(weight, index)
     return torch.ops.rarefy.n_m_linear(x, values, index.index, index.used, bias, len(weight), True), values
 
@@ -87,7 +93,7 @@ def _linear_fake(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, n
 def _input(dy: Tensor, weight: Tensor, values: Tensor, mask: Tensor, n: int, m: int) -> Tensor:
     index = _index_of(mask, n, m) if weight.device.type == "cpu" and weight.dtype == torch.float32 else None
     if index is None:
-        return dy @ (weight * mask)
+        return dy @ weight.masked_fill(~mask, 0)
     dx: Tensor = torch.ops.rarefy.n_m_input_gradient(dy, values, index.index, index.used, weight.shape[1], True)
     return dx
 
