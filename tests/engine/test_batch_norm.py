@@ -79,6 +79,28 @@ def test_a_batch_that_fails_leaves_statistics_and_modes(bad: object) -> None:
     assert [m.training for m in net] == [False, True, False, False, False] and net[1].momentum == 0.1
 
 
+class Counting(nn.Module):
+    """Counts its calls, and holds a buffer that cannot be written to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("wide", torch.ones(4).expand(3, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.norm(x)
+
+
+def test_other_buffers_stay() -> None:
+    net = Counting()
+    for _ in range(3):
+        recalibrate(net, [torch.randn(9, 4) + 2])
+    assert int(net.calls) == 0 and float(net.norm.running_mean.min()) > 1 and net.training
+    assert int(net.norm.num_batches_tracked) == 1
+
+
 def test_what_a_batch_may_be() -> None:
     def model(x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
         return x * scale

@@ -125,6 +125,30 @@ def test_batches_do_not_count_as_trained_on() -> None:
     torch.testing.assert_close(net[1].running_mean, before)  # the first layer is as it was
 
 
+class Counting(nn.Module):
+    """Counts its calls, and holds a buffer that cannot be written to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = mlp(nn.BatchNorm1d(16))
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("wide", torch.ones(4).expand(3, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.body(x)
+
+
+def test_only_what_is_converted_is_written_to() -> None:
+    net = Counting()
+    tensors = dict(net.named_parameters()) | dict(net.named_buffers())
+    versions = {name: tensor._version for name, tensor in tensors.items()}
+    report = rarefy.convert(net, "2:4", [torch.randn(64, 8)])
+    assert names(report) == ["body.3.weight"] and int(net.calls) == 0
+    changed = {name for name, tensor in tensors.items() if tensor._version != versions[name] and name != "calls"}
+    assert changed == {"body.3.weight", "body.3.bias"}
+
+
 def test_a_batch_of_one_where_statistics_need_two_is_an_error_that_says_so() -> None:
     net = mlp(nn.BatchNorm1d(16))
     before = copy.deepcopy(net.state_dict())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.errors import ModelError, OptionError
+from rarefy.metrics._run import left_as_it_was
 
 _ROUNDING = 1e-6  # what is left of the variance of a channel that does not vary, as a share
 
@@ -19,8 +20,8 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     """Estimate all running statistics of batch norms anew, in place, as plain averages over the batches; return the model.
 
     Only batch norms run in training mode (dropout stays off, as where the statistics are used), no gradient is taken, and
-    every mode is as before in the end. Every batch counts alike: after one batch the statistics are its mean and unbiased
-    variance. A model without running statistics is returned as it is.
+    every mode and every other buffer is as before in the end. Every batch counts alike: after one batch the statistics are its
+    mean and unbiased variance. A model without running statistics is returned as it is.
 
     Args:
         batches: of the training data, as `feed` takes them.
@@ -33,40 +34,32 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
         return model
     assert norms[0].running_mean is not None
     device = norms[0].running_mean.device
-    before = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
-    modes = [(module, module.training) for module in model.modules()]
-    momenta = [norm.momentum for norm in norms]
-    seen = 0
-    try:
-        model.eval()
-        for norm in norms:
-            norm.train()
-            norm.momentum = None  # cumulative average
-        for batch in batches:
-            if seen == 0:
-                for norm in norms:
-                    norm.reset_running_stats()
-            try:
-                feed(model, batch, device)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:
-                raise ModelError(
-                    f"{type(model).__name__} does not run on batch {seen} with its batch norms in training mode, which "
-                    f"need two values or more for each channel: {error}"
-                ) from error
-            seen += 1
-    except BaseException:
-        for buffer, value in before:
-            buffer.copy_(value)
-        raise
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-        for module, training in modes:
-            module.training = training
+    momenta, seen = [norm.momentum for norm in norms], 0
+    with left_as_it_was(model):
+        try:
+            for norm in norms:
+                norm.training, norm.momentum = True, None  # cumulative average
+                norm.reset_running_stats()
+            for batch in batches:
+                try:
+                    feed(model, batch, device)
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception as error:
+                    raise ModelError(
+                        f"{type(model).__name__} does not run on batch {seen} with its batch norms in training mode, which "
+                        f"need two values or more for each channel: {error}"
+                    ) from error
+                seen += 1
+            found = [[buffer.clone() for buffer in norm.buffers()] for norm in norms]
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
     if seen == 0:
         raise OptionError("Recalibrating batch norms needs at least one batch of training data.")
+    for norm, statistics in zip(norms, found, strict=True):
+        for buffer, value in zip(norm.buffers(), statistics, strict=True):
+            buffer.copy_(value)
     return model
 
 

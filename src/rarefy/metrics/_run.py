@@ -38,8 +38,8 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
                 module.training = training
             with torch.no_grad():
                 for module, name, buffer, value in buffers:
-                    if not buffer.is_meta:
-                        buffer.copy_(value)
+                    if not buffer.is_meta and not torch.equal(buffer, value):
+                        buffer.copy_(value)  # not what has not changed: expanded buffers cannot be written to
                     module._buffers[name] = buffer
 
 

@@ -106,7 +106,8 @@ def convert(
     new = dict(student.named_parameters()) | dict(student.named_buffers())
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            tensor.copy_(new[name])
+            if not torch.equal(tensor, new[name]):
+                tensor.copy_(new[name])
     return Conversion(pattern, solver, layers, dense, moved)
 
 

@@ -79,7 +79,9 @@ class LeastSquares(Solver):
         for rows in torch.arange(len(free), device=free.device).split(step):
             at, mine = places[rows], real[rows]
             system = gram[at[:, :, None], at[:, None, :]] + torch.diag_embed(ridge[at])
-            system = torch.where(mine[:, :, None] & mine[:, None, :], system, torch.eye(most).to(system))
+            system = torch.where(
+                mine[:, :, None] & mine[:, None, :], system, torch.eye(most, dtype=system.dtype, device=system.device)
+            )
             factor, failed = torch.linalg.cholesky_ex(system)
             if bool(failed.any()):
                 raise OptionError(
