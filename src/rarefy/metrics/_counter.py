@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from rarefy.kernels.reference import n_m_used
 from rarefy.metrics._weights import Weight, Weights
 
 # operation -> positions of the two factors among its arguments
@@ -111,6 +112,19 @@ class Tally:
         self.weights.sizes[name] = rows * cols
         self.count(name, uses * rows * cols, uses * values.numel())
 
+    def packed(self, values: torch.Tensor, dense: torch.Tensor) -> None:
+        """Know the kept values of a weight that was packed for the N:M kernels."""
+        if (weight := self.weights.find(dense)) is not None:
+            self.weights.add(weight.source.name, values, None)
+
+    def n_m(self, x: torch.Tensor, held: torch.Tensor, out: torch.Tensor, kept: int | None) -> None:
+        """Count a product on the N:M kernels, x [n, in] -> out [n, out], of packed values or (kept None) under a mask."""
+        weight = self.weights.find(held)
+        uses, size = x.shape[0], x.shape[1] * out.shape[1]
+        if kept is None:
+            kept = self.weights.nonzero(weight) if weight and weight.masked else size
+        self.count(weight.source.name if weight else f"{self.where}:n_m", uses * size, uses * kept)
+
     def gathered(self, weight: torch.Tensor) -> None:
         """Know a weight that was read from a shared array: dense to compute with, under its dense layer's name."""
         name = f"{self._stack[-1]}.weight" if self._stack and self._stack[-1] else "weight"
@@ -192,6 +206,14 @@ class OpMode(TorchDispatchMode):
         if func.namespace == "rarefy" and op in ("sparse_linear", "sparse_conv2d"):
             cols = args[0].shape[-1] if op == "sparse_linear" else prod(args[5][1:])
             tally.compressed(args[1], args[2], out, cols)
+        elif func.namespace == "rarefy" and op == "n_m_gather":
+            tally.packed(out, args[0])
+        elif func.namespace == "rarefy" and op in ("n_m_linear", "n_m_linear_straight"):
+            x, values, _, used, *_ = args
+            full = out.shape[1] * used.shape[1] * used.shape[2]  # a weight in every step of every output
+            tally.n_m(x, values, out, full if used.is_meta else int(n_m_used(used).sum()))
+        elif func.namespace == "rarefy" and op == "n_m_masked":
+            tally.n_m(args[0], args[1], out[0], None)
         elif func.namespace == "rarefy" and op == "shared_weight" and args[5] is None:  # rows alone are a look-up
             tally.gathered(out)
         elif not counted:

@@ -193,6 +193,10 @@ class Recorder(Tally):
         super().compressed(values, crow, out, cols)
         self.left_out.append(f"{self.where}: a layer of kept values only is not read; give the dense model")
 
+    def n_m(self, x: torch.Tensor, held: torch.Tensor, out: torch.Tensor, kept: int | None) -> None:
+        super().n_m(x, held, out, kept)
+        self.left_out.append(f"{self.where}: a layer on the N:M kernels is not read; give the dense model")
+
     def other(self, op: str, tensors: list[torch.Tensor], out: object) -> None:
         super().other(op, tensors, out)
         data = [t for t in tensors if t.is_floating_point() and not self.weights.known(t)]
