@@ -52,6 +52,22 @@ def test_accelerated_models_are_exported_as_what_they_were_made_from(tmp_path):
     torch.testing.assert_close(torch.from_numpy(found), model(x).detach())
 
 
+def test_layers_of_kept_values_are_exported_as_dense_ones(tmp_path):
+    torch.manual_seed(0)
+    first, last = nn.Linear(16, 16), nn.Linear(16, 8)
+    mask = torch.arange(16) % 4 < 2
+    mask = mask.expand(16, 16)
+    model = nn.Sequential(
+        rarefy.nn.NMLinear.from_dense(first, mask, 2, 4, transposable=False),
+        rarefy.nn.SparseLinear.from_dense(last, torch.rand(8, 16) < 0.3),
+    ).eval()
+    x = torch.randn(3, 16)
+    export_onnx(model, x, tmp_path / "m.onnx")
+    found = session(tmp_path / "m.onnx").run(None, {"input": x.numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(found), model(x).detach(), rtol=1e-5, atol=1e-5)
+    assert type(model[0]) is rarefy.nn.NMLinear and type(model[1]) is rarefy.nn.SparseLinear
+
+
 def test_a_failed_export_leaves_the_file(tmp_path):
     class Odd(nn.Module):
         def forward(self, x):

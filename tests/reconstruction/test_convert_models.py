@@ -125,6 +125,47 @@ def test_batches_do_not_count_as_trained_on() -> None:
     torch.testing.assert_close(net[1].running_mean, before)  # the first layer is as it was
 
 
+class Standardised(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight - self.weight.mean(1, keepdim=True), self.bias)
+
+
+class SamePadded(nn.Conv1d):
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(nn.functional.pad(x, (1, 1)), weight, bias)
+
+
+class Renamed(nn.Linear):
+    """Computes as it did."""
+
+
+def patched() -> nn.Linear:
+    layer = nn.Linear(16, 16)
+    layer.forward = lambda x: nn.functional.linear(x, layer.weight * 2, layer.bias)  # type: ignore[method-assign]
+    return layer
+
+
+def on_kernels() -> nn.Linear:
+    layer = nn.Linear(16, 16)
+    return rarefy.nn.NMLinear.from_dense(
+        layer, NM(2, 8).project(layer.weight.detach().abs(), 2), 2, 8, transposable=False
+    )
+
+
+@pytest.mark.parametrize("make", [lambda: Standardised(16, 16), lambda: SamePadded(16, 16, 3), patched, on_kernels])
+def test_layers_that_compute_otherwise_stay_dense(make: Any) -> None:
+    """What is solved for x w^T would be wrong for them."""
+    torch.manual_seed(0)
+    other = make()
+    shape = (3, 16, 16) if isinstance(other, nn.Conv1d) else (64, 16)
+    net = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), other, Renamed(16, 16), nn.Linear(16, 4))
+    report = rarefy.convert(net, "2:4", [torch.randn(shape)])
+    assert names(report) == ["1.weight", "3.weight"]
+    assert "forward pass of its own" in {item.name: item.reason for item in report.dense}["2.weight"]
+    with pytest.raises(SelectionError, match="forward pass of its own"):
+        rarefy.convert(net, "2:4", [torch.randn(shape)], include="2")
+
+
 class Counting(nn.Module):
     """Counts its calls, and holds a buffer that cannot be written to."""
 

@@ -221,7 +221,7 @@ def accelerate(
             what = f"{x.dtype} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
             raise OptionError(f"example_input must be tensors on the CPU, float32 or whole numbers; one is {what}")
     copied = copy.deepcopy(model).eval().requires_grad_(False)
-    _plain(copied)
+    plain_(copied)
     try:
         with torch.inference_mode():
             copied(*example)
@@ -267,7 +267,7 @@ def _dense_runner(name: str, model: nn.Module, example: tuple[Tensor, ...], dtyp
     return lambda *args: last(*[x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in args])
 
 
-def _plain(model: nn.Module) -> None:
+def plain_(model: nn.Module) -> None:
     """Give layers that compute with kept values only plain dense weights, in place, for tracing, packing and dense rivals."""
     for module in [m for m in model.modules() if isinstance(m, SparseModule)]:
         if module.rows * module.cols <= LARGEST:

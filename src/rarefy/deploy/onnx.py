@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rarefy import _files
-from rarefy.deploy.accelerated import AcceleratedModel
+from rarefy.deploy.accelerated import AcceleratedModel, plain_
 from rarefy.errors import ModelError, OptionError
 from rarefy.nn import unshare_
 
@@ -26,7 +26,7 @@ def export_onnx(
 ) -> None:
     """Write a model, in eval mode and with a free batch size, as ONNX; every weight keeps its zeros.
 
-    Weights that are read from a shared array stand in the file as dense ones.
+    Weights that are read from a shared array, or that hold kept values only, stand in the file as dense ones.
 
     The file is written whole or not at all. Needs the extra `rarefy[onnx]`.
     Raises OptionError without it, ModelError where PyTorch cannot export the model.
@@ -37,6 +37,7 @@ def export_onnx(
         model = model.model
     example = (example_input,) if isinstance(example_input, Tensor) else tuple(example_input)
     copied = unshare_(copy.deepcopy(model).cpu().eval())
+    plain_(copied)
     names = [f"input_{i}" if len(example) > 1 else "input" for i in range(len(example))]
     free = {name: {0: "batch"} for name in [*names, "output"]}
     with tempfile.TemporaryDirectory() as folder:

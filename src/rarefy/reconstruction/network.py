@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -56,13 +56,13 @@ def convert(
             `rarefy.patterns.nm_for`.
         batches: of the training data: inputs, pairs whose first part is the input, or mappings of keyword arguments. Labels are
             not used. All are held in memory.
-        solver: "least-squares" (default: the exact minimum), "adaprune" (the paper's: 1000 steps of Adam), a
+        solver: "least-squares" (default: the exact minimum, damped), "adaprune" (the paper's: 1000 steps of Adam), a
             `rarefy.reconstruction.Solver` with options of its own, or None for masks alone.
         permute: first reorder channels all through the network, so that the pattern keeps more magnitude (`rarefy.rearrange`).
             Outputs stay the same, but parameters have another order than in older checkpoints.
         include, exclude: which layers, as in `sparsify`. Without include these stay dense: the first and the last layer that is
             called, depthwise convolutions, weights that several modules share or that `nn.MultiheadAttention` reads itself, and
-            what is not a Linear or convolution.
+            what is not a Linear or convolution that computes as PyTorch's own.
         seed: of the permutation search.
 
     Returns:
@@ -162,6 +162,10 @@ def _why_not(model: nn.Module, target: Target) -> str | None:
     module = target.module
     if not isinstance(module, LinearLayer):
         return f"a {type(module).__name__} is not a Linear or convolution"
+    stock = next(kind for kind in get_args(LinearLayer) if isinstance(module, kind))
+    own = getattr(module.forward, "__func__", None) is not stock.forward
+    if own or getattr(type(module), "_conv_forward", None) is not getattr(stock, "_conv_forward", None):
+        return f"a {type(module).__name__} with a forward pass of its own, which may compute with another weight or padding"
     sharing = {id(m) for m in model.modules() for p in m._parameters.values() if p is target.parameter}
     if len(sharing) > 1:
         return f"{len(sharing)} modules share it ({', '.join((target.name, *target.aliases))})"
