@@ -137,6 +137,15 @@ def test_other_dtypes(dtype, both):
     compare(mask, n_m_index(mask, 2, 8, transposable=both), 9, True, 1e-12 if dtype == torch.float64 else 3e-2, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_packing_moves_numbers_and_changes_none(dtype):
+    mask = circulant(20, 40, 2, 8)
+    index, weight = n_m_index(mask, 2, 8), randn(20, 40, dtype=dtype)
+    values = n_m_gather(weight, index)
+    assert values.dtype == dtype and torch.equal(values, reference.n_m_gather(weight, index.index, index.used))
+    assert torch.equal(n_m_dense(values, index), weight * mask)
+
+
 @pytest.mark.parametrize("both", [True, False])
 def test_gradients_of_gradients(both):
     mask = circulant(6, 20, 2, 4)

@@ -46,19 +46,19 @@ def _flat(tensor: Tensor) -> Any:
 
 
 def _gather_cpu(weight: Tensor, index: Tensor, used: Tensor) -> Tensor:
-    if weight.dtype != torch.float32:
+    if weight.dtype not in _NATIVE:
         return reference.n_m_gather(weight, index, used)
-    values = weight.new_empty(*used.shape, TILE)
+    values = cpu_empty(*used.shape, TILE)
     native.n_m_gather(_floats(weight), _flat(index), _flat(used), used.shape[2], values.view(-1).numpy(), threads())
-    return values
+    return values.to(weight.dtype)
 
 
 def _scatter_cpu(values: Tensor, index: Tensor, used: Tensor, out_features: int, in_features: int) -> Tensor:
-    if values.dtype != torch.float32:
+    if values.dtype not in _NATIVE:
         return reference.n_m_scatter(values, index, used, out_features, in_features)
-    weight = values.new_empty(out_features, in_features)
-    native.n_m_scatter(_flat(values), _flat(index), _flat(used), used.shape[2], weight.numpy(), threads())
-    return weight
+    weight = cpu_empty(out_features, in_features)
+    native.n_m_scatter(_flat(values.float()), _flat(index), _flat(used), used.shape[2], weight.numpy(), threads())
+    return weight.to(values.dtype)
 
 
 def _linear_cpu(
