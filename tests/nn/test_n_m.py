@@ -209,6 +209,23 @@ def test_averaged_models_keep_the_mask():
     assert all(torch.equal(average.module[i].mask(), model[i].mask()) for i in (0, 2))
 
 
+def test_data_parallel_training(tmp_path):
+    """Buffers are broadcast at every step: in a dtype that the backend knows."""
+    model = mlp()
+    n_m_(model, masks_of(model), 2, 8)
+    masks = [model[i].mask() for i in (0, 2)]
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(model)
+        for _ in range(2):
+            parallel(torch.randn(5, 32)).square().sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert model[0].weight.grad is not None and all(
+        torch.equal(model[i].mask(), m) for i, m in zip((0, 2), masks, strict=True)
+    )
+
+
 def test_a_layer_without_memory_is_filled_by_loading():
     mask = transposable(torch.randn(48, 32))
     full = NMLinear(32, 48, mask=mask, n=2, m=8)
@@ -228,8 +245,8 @@ def test_a_damaged_index_is_refused(bits, tmp_path):
     model = nn.Sequential(nn.Linear(24, 24), layer)
     kept, before = layer.mask(), {name: t.clone() for name, t in model.state_dict().items()}
     state = {name: t.clone() + (1 if t.is_floating_point() else 0) for name, t in before.items()}
-    state["1.index"].fill_(bits)
-    state["1.used"].fill_(-1)
+    state["1.index"].view(torch.int32).fill_(bits)
+    state["1.used"].fill_(255)
     path = tmp_path / "damaged.safetensors"
     rarefy.save(state, path)
     with pytest.raises(StateError, match=r"1\.index and 1\.used are not a mask of this layer"):

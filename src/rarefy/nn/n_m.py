@@ -20,8 +20,8 @@ class NMLinear(nn.Linear):
 
     `weight` stays the dense parameter: optimizers, checkpoints and methods see it as before, whatever it holds where nothing
     is kept. Every forward pass gathers the kept values; the output, and with a transposable mask the input's gradient from
-    the same copy, take n/m of a dense product. Buffers `index` and `used` hold the mask, and are in the state dict. They are
-    int16, which averaging of models in float32 (`torch.optim.swa_utils`, with buffers) leaves as it is.
+    the same copy, take n/m of a dense product. Buffers `index` and `used` hold the mask, and are in the state dict: as
+    bytes, which every backend of `torch.distributed` sends and averaging in float32 (`torch.optim.swa_utils`) leaves alone.
 
     Args:
         in_features, out_features, bias, device, dtype: as in `torch.nn.Linear`.
@@ -83,7 +83,9 @@ class NMLinear(nn.Linear):
         return self._topology(self.index, self.used)
 
     def _topology(self, index: Tensor, used: Tensor) -> NMIndex:
-        return NMIndex(index.view(torch.int32), used, (self.out_features, self.in_features), self.transposable)
+        return NMIndex(
+            index.view(torch.int32), used.view(torch.int16), (self.out_features, self.in_features), self.transposable
+        )
 
     def mask(self) -> Tensor:
         """Return the mask, bool [out_features, in_features]."""
@@ -134,7 +136,7 @@ class NMLinear(nn.Linear):
         if _alike(index, self.index) and _alike(used, self.used):
             new = {"index": self.index, "used": self.used}
             try:
-                mask = self._topology(index.to("cpu", copy=True), used.cpu()).mask()
+                mask = self._topology(index.to("cpu", copy=True), used.to("cpu", copy=True)).mask()
                 new = _buffers(n_m_index(mask, self.n, self.m, transposable=self.transposable).to(index.device))
             except (RarefyError, IndexError) as error:
                 errors: list[str] = others[-1]
@@ -148,7 +150,7 @@ class NMLinear(nn.Linear):
 
 
 def _buffers(index: NMIndex) -> dict[str, Tensor]:
-    return {"index": index.index.view(torch.int16), "used": index.used}
+    return {"index": index.index.view(torch.uint8), "used": index.used.view(torch.uint8)}
 
 
 def _alike(new: object, old: Tensor) -> TypeGuard[Tensor]:
