@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rarefy
-from rarefy.errors import ModelError, OptionError, PatternError, StateError
+from rarefy.errors import ModelError, OptionError, PatternError, SelectionError, StateError
 from rarefy.nn import NMLinear, n_m_
 from rarefy.patterns import NM, TransposableNM
 
@@ -83,6 +83,19 @@ def test_a_sparsifier_goes_on_as_it_was():
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     for a, b in zip(*(m.parameters() for m in models), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_a_sparsifier_that_comes_later_is_refused():
+    """Its mask and the layer's would be two."""
+    model = mlp()
+    n_m_(model, {"0": transposable(model[0].weight)}, 2, 8)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    for method, options in (("static", {"sparsity": 0.5}), ("sr-ste", {"pattern": "2:8"})):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with pytest.raises(SelectionError, match=r"0\.weight \[48, 32\]: NMLinear computes with a mask of its own"):
+            rarefy.sparsify(model, method, optimizer=optimizer, **options)
+        assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert [*rarefy.sparsify(model, "static", sparsity=0.5, exclude="0.weight").layers] == ["2.weight"]
 
 
 def test_in_place_and_back():

@@ -12,7 +12,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from rarefy.errors import PatternError, SelectionError, nearest
-from rarefy.nn import Reparametrisation, SharedArray, SparseModule
+from rarefy.nn import NMLinear, Reparametrisation, SemiStructuredLinear, SharedArray, SparseModule
 from rarefy.patterns import Pattern
 
 Selector = str | re.Pattern[str] | type[nn.Module] | Callable[[str, nn.Module], bool]
@@ -189,6 +189,16 @@ def check_fit(pattern: Pattern, targets: Sequence[Target]) -> None:
     if problems:
         mend = f" To leave all of these dense: exclude={[*problems]}." if len(problems) < len(targets) else ""
         raise PatternError("\n".join(problems.values()) + mend)
+
+
+def check_unmasked(targets: Sequence[Target]) -> None:
+    """Refuse weights of layers that compute under a mask of their own, which would not be the one that is held."""
+    for target in targets:
+        if isinstance(target.module, NMLinear | SemiStructuredLinear):
+            raise SelectionError(
+                f"{target.name} {list(target.shape)}: {type(target.module).__name__} computes with a mask of its own. Call "
+                f"sparsify() first and give its masks to n_m_() or semi_structured_() then, or exclude={target.name!r}."
+            )
 
 
 def _choose(

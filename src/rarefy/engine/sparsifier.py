@@ -22,7 +22,7 @@ from rarefy.engine.method import Method
 from rarefy.engine.optimizer_state import Optimizers, check_optimizers, inside_another_step, was_skipped
 from rarefy.engine.reparametrised import ReparametrisedLayer
 from rarefy.engine.reserve import RESERVING, show
-from rarefy.engine.selection import Selector, Target, check_fit, find_targets, leave_all, set_aside
+from rarefy.engine.selection import Selector, Target, check_fit, check_unmasked, find_targets, leave_all, set_aside
 from rarefy.engine.state import check_state, collect
 from rarefy.engine.summary import Row, Summary, added_since
 from rarefy.errors import OptionError, nearest
@@ -105,6 +105,7 @@ class Sparsifier:
         pattern: Pattern = parse_pattern(getattr(method, "pattern", "unstructured"))
         check_fit(pattern, targets)
         check_free(targets)
+        check_unmasked(targets)
         self._stores = (RESERVING if method.reserves else STORAGES)[storage]
         self._computed = ReparametrisedLayer.made_for(method, targets, storage, self._optimizers, state is not None)
         plain, computed = ([t for t in targets if (t.name in self._computed) is which] for which in (False, True))

@@ -169,7 +169,8 @@ def n_m_(
     """Let linear layers of a model compute with N:M masks from now on, in place; return their names.
 
     Each named layer becomes an `NMLinear`: the same module object with the same parameters, so that hooks, optimizers and a
-    sparsifier that holds the masks go on as they were. After masks changed, tell each layer (`set_mask_`).
+    sparsifier that holds the masks go on as they were. After masks changed, tell each layer (`set_mask_`). A sparsifier comes
+    first: `sparsify` refuses layers that have a mask of their own already.
 
     Args:
         model: is changed.
