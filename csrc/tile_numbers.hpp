@@ -50,7 +50,9 @@ template <class X> struct Scale {
     X first, second;
     Scale(typename FloatBits<X>::type top, int bits) {
         using F = FloatBits<X>;
-        const int exponent = static_cast<int>(top >> F::mantissa), shift = bits + F::bias - 1 - (exponent > 0 ? exponent : 1);
+        int exponent = static_cast<int>(top >> F::mantissa);
+        if (exponent == 0 && top != 0) exponent = 64 - __builtin_clzll(static_cast<unsigned long long>(top)) - F::mantissa;  // denormal
+        const int shift = bits + F::bias - 1 - exponent;
         const int half = shift / 2;
         first = from_bits<X>(static_cast<typename F::type>(F::bias + half) << F::mantissa);
         second = from_bits<X>(static_cast<typename F::type>(F::bias + shift - half) << F::mantissa);

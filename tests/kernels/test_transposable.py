@@ -154,6 +154,16 @@ def test_minus_infinity_is_kept_only_where_it_must_be(solver: str) -> None:
     assert (lines(transposable_nm(row, 2, 4, solver), 4) == 2).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_smallest_numbers_there_are_count_like_others(dtype: torch.dtype) -> None:
+    tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # the smallest step of all
+    for n, m in ((2, 4), (4, 8), (3, 16), (8, 32)):
+        whole = torch.randint(1000, (m, 3 * m), generator=torch.Generator().manual_seed(m)).to(dtype)
+        for solver in SOLVERS:
+            mask = transposable_nm(whole * tiny, n, m, solver)
+            assert float(whole[mask].sum()) == float(whole[transposable_nm(whole, n, m, solver)].sum())
+
+
 def test_a_tile_in_pytorch_does_not_depend_on_its_neighbours() -> None:
     """Minus infinity takes bits from its own tile alone."""
     fine = 1 + 2.0**-44 * scores(8, 8, dtype=torch.float64)

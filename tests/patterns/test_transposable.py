@@ -158,6 +158,8 @@ def test_scores_that_are_no_numbers_name_the_layer(solver: str, bad: float) -> N
 def test_counts_that_no_mask_has_are_refused() -> None:
     with pytest.raises(PatternError, match="keeping 33 in a tile does not obey 4:8t; keep 32"):
         TransposableNM(4, 8).project(torch.zeros(8, 8), 33)
+    with pytest.raises(PatternError, match="keeping from 24 to 32 in a tile does not obey 4:8t; keep 32"):
+        TransposableNM(4, 8).project(torch.zeros(8, 16), torch.tensor([32, 24]))
     with pytest.raises(OptionError, match=r"keeps 0\.5 of a weight, density 0\.1"):
         TransposableNM(4, 8).keep([8, 8], 0.1)
 

@@ -21,9 +21,10 @@ def transposable_nm(scores: Tensor, n: int, m: int, solver: str = "fast") -> Ten
     itself), rows and columns multiples of m <= 32; float32, float64, bfloat16 or float16, contiguous or not, any device.
     Returns bool of that shape. Minus infinity means: keep only where no other mask of the tile would do.
 
-    Solvers: "exact" is optimal on every tile for its scores held to 50 bits below the tile's largest, "fast" to 24 bits
-    or more, "approx" the 2-approximation of arXiv 2102.08124 (prune the lightest until every row and column is covered),
-    then repaired so that no row is short. The mask depends on the scores alone: not on threads or the instruction set.
+    Solvers: "exact" is optimal on every tile for its scores held to 50 bits below the tile's largest (40 where minus infinity
+    stands), "fast" to 22 bits or more, "approx" the 2-approximation of arXiv 2102.08124 (prune the lightest until every row
+    and column is covered), then repaired so that no row is short. The mask depends on the scores alone: not on threads or the
+    instruction set.
     Raises OptionError for another shape or dtype, an n outside [0, m], and for scores that hold NaN or plus infinity.
 
     >>> transposable_nm(torch.tensor([[9.0, 8.0], [7.0, 1.0]]), 1, 2).tolist()

@@ -121,7 +121,8 @@ class TransposableNM(Pattern):
     def _miscount(self, smallest: int, largest: int) -> str | None:
         if smallest == largest and smallest % self.m == 0 and largest <= self.n * self.m:
             return None
-        return f"keeping {largest} in a tile does not obey {self}; keep {self.n * self.m}"
+        kept = f"{largest}" if smallest == largest else f"from {smallest} to {largest}"
+        return f"keeping {kept} in a tile does not obey {self}; keep {self.n * self.m}"
 
     def _obeyed_by(self, kept: Tensor, whole: Tensor) -> bool:
         return bool(self.lines(kept).le(self.n).all())
