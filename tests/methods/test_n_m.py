@@ -117,6 +117,22 @@ def test_bdwp_knows_its_layers() -> None:
         make("bdwp", pattern="2:4@2")
 
 
+@pytest.mark.parametrize("pattern", ["2:4", "2:4@0"])
+@pytest.mark.parametrize("mode", ["both", "ff", "bp_w", "bp_g"])
+def test_bdwp_leaves_what_does_not_fit_in_every_mode(mode: str, pattern: str) -> None:
+    """Either side may be odd; what is taken trains, and what is left is listed with the side that does not fit."""
+    model = nn.Sequential(*(nn.Linear(a, b) for a, b in ((6, 8), (8, 8), (8, 6), (6, 4), (4, 8))))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    sparse = rarefy.sparsify(model, "bdwp", pattern=pattern, mode=mode, optimizer=optimizer)
+    odd = {"0.weight": "dimension 1 (6)", "2.weight": "dimension 0 (6)", "3.weight": "dimension 1 (6)"}
+    if mode == "ff":
+        odd = {name: why for name, why in odd.items() if ("1 (6)" in why) == (pattern == "2:4")}
+    reasons = {item.name: item.reason for item in sparse.left_out if item.name.endswith("weight")}
+    assert reasons.keys() == odd.keys() and all(why in reasons[name] for name, why in odd.items())
+    model(torch.randn(3, 6)).sum().backward()
+    optimizer.step()
+
+
 def test_bdwp_ff_is_sr_ste() -> None:
     states = []
     for method, options in (("bdwp", {"mode": "ff"}), ("sr-ste", {})):

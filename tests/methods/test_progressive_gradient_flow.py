@@ -210,6 +210,8 @@ def test_what_cannot_be_is_refused() -> None:
         make("pgf", recipe="mdgf-liner")
     with pytest.raises(OptionError, match="gradient"):
         make("pgf", gradient="none")
+    with pytest.raises(OptionError, match="stop=None"):
+        make("pgf", stop=None)
     with pytest.raises(OptionError, match="kind NM"):
         make("pgf", pattern="channel", sparsity=0.5)
     with pytest.raises(OptionError, match="total_steps"):

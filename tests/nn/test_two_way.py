@@ -153,6 +153,17 @@ def test_an_overflow_of_the_gradient_is_passed_on() -> None:
     assert x.grad is not None and x.grad[0].isnan().all() and x.grad[1].isfinite().all()
 
 
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_a_batch_may_be_empty(kind: str) -> None:
+    module, shape = copy.deepcopy(LAYERS[kind])
+    module = module.double()
+    install(module, "weight", TwoWayMask(NM(2, 4), NM(2, 4, 0), NM(2, 4)))
+    x = randn(0, *shape[1:]).requires_grad_()
+    module(x).sum().backward()
+    assert x.grad is not None and x.grad.shape == x.shape
+    assert not module.parametrizations.weight.original.grad.any()
+
+
 @pytest.mark.parametrize("what", ["frozen weight", "no input gradient", "no grad"])
 def test_only_what_is_wanted_is_computed(what: str) -> None:
     module = nn.Conv2d(8, 4, 3)

@@ -40,8 +40,9 @@ class BDWP(Refined):
     Only the abstract of the paper could be read: the rule is as it is told elsewhere, and whether the authors keep the decay
     of pruned weights is not known.
 
-    Linear and Conv2d layers whose inputs and outputs are both multiples of M take part; all others (stem, depthwise
-    convolutions, a classifier of ten) stay dense and are listed with the reason. What `include` names must fit.
+    Linear and Conv2d layers whose inputs and outputs are both multiples of M take part, in all modes but "ff", which needs the
+    inputs alone; all others (stem, depthwise convolutions, a classifier of ten) stay dense and are listed with the reason.
+    What `include` names must fit.
 
     Options:
         pattern: any "N:M", along the inputs. Default "2:4"; the paper has 2:8. "N:M@0" exchanges the two dimensions.
@@ -76,7 +77,7 @@ class BDWP(Refined):
         return replace(self._there, dim=1 - self._there.dim)
 
     def must_fit(self) -> tuple[Pattern, ...]:
-        return {"both": (self._there, self._back), "ff": (self._there,)}.get(self.mode, (self._back,))
+        return (self._there,) if self.mode == "ff" else (self._there, self._back)
 
     def leaves(self, target: Target) -> str | None:
         return super().leaves(target) or _other_kind(target.module)

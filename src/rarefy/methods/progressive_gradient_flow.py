@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import nn
 
 from rarefy.engine import Family, Sparsifier
-from rarefy.engine.options import check_clock, check_positive
+from rarefy.engine.options import check_clock, check_ends, check_positive
 from rarefy.errors import OptionError, nearest
 from rarefy.methods.n_m import Fitting
 from rarefy.nn import FadingMask, Reparametrisation
@@ -80,6 +80,7 @@ class PGF(Fitting):
         if self.coefficient is not None:
             check_positive("coefficient", self.coefficient)
         check_clock(1, self.start, self.stop)
+        check_ends(self.stop)
 
     def clock(self, total_steps: int | None) -> Clock:
         return Clock(every=1, start=self.start, stop=self.stop, total=total_steps)

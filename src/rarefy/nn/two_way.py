@@ -15,8 +15,10 @@ from rarefy.patterns.largest import largest
 
 
 def _prune(t: Tensor, pattern: NM | None) -> Tensor:
+    if pattern is None or not t.numel():  # a batch may be empty, and a pattern takes no such weight
+        return t
     # A gradient may have overflowed, which is for GradScaler to see: 0 times NaN is NaN.
-    return t if pattern is None else t * largest(t.nan_to_num(), pattern, pattern.n)
+    return t * largest(t.nan_to_num(), pattern, pattern.n)
 
 
 class _TwoWayLinear(torch.autograd.Function):
