@@ -463,6 +463,31 @@ def test_errors_leave_the_model_as_it_was() -> None:
         sparse.load_state_dict(state)
 
 
+@pytest.mark.parametrize("method", ["ste", "sr-ste", "pgf mdgf", "pgf sdgf", "t-mask", "bdwp"])
+def test_weights_that_are_not_numbers_are_refused_before_and_after(method: str) -> None:
+    model = mlp()
+    with torch.no_grad():
+        model[3].weight[2, 1] = float("nan")
+    with pytest.raises(OptionError, match=r"3\.weight \[20, 16\]: .*NaN"):
+        rarefy.sparsify(model, named(method), total_steps=20, **METHODS[method])
+    assert list(model.state_dict()) == list(mlp().state_dict())
+    if method == "t-mask":  # its mask is not made anew
+        return
+    model, _, sparse = make(method)
+    trained = sparse.layers["3.weight"].target.parameter
+    with torch.no_grad():
+        trained[2, 1] = float("nan")
+    names = list(model.state_dict())
+    for _ in range(2):
+        with pytest.raises(OptionError, match=r"3\.weight \[20, 16\]: .*NaN"):
+            sparse.finalize()
+        assert list(model.state_dict()) == names, "half of the network is plain"
+    with torch.no_grad():
+        trained[2, 1] = 0
+    sparse.finalize()
+    assert not any(model.get_parameter(name)[~mask].any() for name, mask in sparse.masks().items())
+
+
 def test_steps_by_hand_cannot_train_extras() -> None:
     _, _, sparse = make("movement")
     again = rarefy.sparsify(mlp(), sparse.method, total_steps=20, state=sparse.state_dict())  # only to look at

@@ -203,11 +203,13 @@ class ReparametrisedLayer(MaskedLayer):
         return [(id(t), t._version) for t in (self.parameter, *self.extras.values(), *self.settings.values())]
 
     def _follow(self) -> Tensor:
-        self._seen = self._versions()
+        versions = self._versions()
         try:
-            return self._computes.kept(self.parameter)
+            mask = self._computes.kept(self.parameter)
         except OptionError as error:  # NaN
             raise OptionError(f"{self.name} {list(self.shape)}: {error}") from error
+        self._seen = versions
+        return mask
 
     def state_dict(self) -> dict[str, object]:
         extras = {name: extra.detach().clone() for name, extra in self.extras.items()}

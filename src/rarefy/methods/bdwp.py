@@ -51,8 +51,8 @@ class BDWP(Refined):
             output channels in BP, weights as they are. The last two leave a dense network.
         refine: lambda, not negative. Default 2e-4 (`sr-ste`).
 
-    Raises OptionError where no optimizer is given, for an unknown mode and for layers of other kinds; SelectionError where no
-    layer fits, PatternError where one does not that `include` names.
+    Raises OptionError for an unknown mode, for layers of other kinds, and by `step()` where no optimizer is given;
+    SelectionError where no layer fits, PatternError where one does not that `include` names.
     """
 
     name: ClassVar[str] = "bdwp"
@@ -86,8 +86,6 @@ class BDWP(Refined):
         for layer in sparse.layers.values():
             if (reason := _other_kind(layer.module)) is not None:
                 raise OptionError(f"{layer.name} {list(layer.shape)}: {reason}; exclude this layer.")
-            for pattern in self.must_fit():
-                pattern.check(layer.shape, layer.name)
 
     def reparametrise(self, weight: nn.Parameter) -> Reparametrisation:
         if self.mode == "ff":

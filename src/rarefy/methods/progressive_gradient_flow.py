@@ -43,11 +43,12 @@ class PGF(Fitting):
     While beta is above 0 nothing is zero, so all weights count as kept and training FLOPs are dense. A run that is stopped
     before t1 leaves a network that is not N:M yet.
 
-    The authors' code has errors that are not repeated here: its dense phase is a hundredth as long as declared, a layer that
-    fails or is not told the step computes densely without a word, and a resumed run keeps the wrong pattern to the end of the
-    frame. Their transformers prune the two matrices of each feed-forward network (`include=["*.fc1", "*.fc2"]` of
-    `rarefy.models`), some also queries, keys and values, each pattern along the inputs; the rest is dense. Layers that a
-    frame's pattern does not fit, and embeddings, stay dense and are listed; what `include` names must fit.
+    The authors' code has errors that are not repeated here: beta falls from the run's beginning on, so that it is small
+    already where the dense phase ends, a layer that fails or is not told the step computes densely without a word, and a
+    resumed run keeps the wrong pattern to the end of the frame. Their transformers prune the two matrices of each
+    feed-forward network (`include=["*.fc1", "*.fc2"]` of `rarefy.models`), some also queries, keys and values, each
+    pattern along the inputs; the rest is dense. Layers that a frame's pattern does not fit, and embeddings, stay dense
+    and are listed; what `include` names must fit.
 
     Options:
         pattern: the final "N:M". Default "2:4"; the paper's regime is 1:8 to 1:32.
@@ -58,8 +59,8 @@ class PGF(Fitting):
             after t0. The authors' ViT has 1e-4, their Swin 8e-4 with a linear decay.
         start, stop: t0 and t1; an int is a step, a float in [0, 1] a fraction of total_steps. Defaults 0.05 and 0.9.
 
-    Raises OptionError for an unknown recipe and where total_steps is needed but not given, SelectionError where no layer fits,
-    PatternError where one does not that `include` names.
+    Raises OptionError for an unknown recipe, for weights that are NaN, and where total_steps is needed but not given;
+    SelectionError where no layer fits, PatternError where one does not that `include` names.
     """
 
     name: ClassVar[str] = "pgf"
@@ -132,9 +133,6 @@ class PGF(Fitting):
     def check(self, sparse: Sparsifier) -> None:
         if self.recipe.startswith("mdgf"):
             self._decay(sparse.total_steps)
-        for layer in sparse.layers.values():
-            for frame in self.frames:
-                frame.check(layer.shape, layer.name)
 
     def choose(self, sparse: Sparsifier) -> None:
         self._enter(sparse, self.stage(sparse, 0))

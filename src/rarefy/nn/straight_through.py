@@ -132,9 +132,7 @@ class FadingMask(Reparametrisation):
         return torch.where(mask, weight, weight * beta) if self.scaled else straight(weight, mask, beta)
 
     def kept(self, weight: Tensor) -> Tensor:
-        if self.beta > 0:
-            return torch.ones_like(weight, dtype=torch.bool)
-        return largest_in_frame(weight, self.patterns, self.frame)
+        return largest_in_frame(weight, self.patterns, self.frame) | (self.beta > 0)
 
     def extra_repr(self) -> str:
         return ", ".join(map(str, self.patterns))
