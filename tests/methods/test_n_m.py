@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -171,6 +172,20 @@ def test_bdwp_trains_by_its_three_products(mode: str) -> None:
         torch.testing.assert_close(sparse.layers["0.weight"].trained(), w1, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(sparse.layers["2.weight"].trained(), w2, rtol=1e-10, atol=1e-12)
     assert sparse.sparsity == (0.75 if mode == "both" else 0)
+
+
+@pytest.mark.parametrize("method", ["ste", "sr-ste", "t-mask", "bdwp", "pgf"])
+def test_the_summary_counts_the_same_flops_while_it_trains(method: str) -> None:
+    model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 4))
+    options: dict[str, Any] = {"pgf": dict(start=0, stop=0), "t-mask": dict(pattern="1:4t")}.get(method, {})
+    sparse = rarefy.sparsify(model, method, total_steps=9, **{"pattern": "1:4", **options})
+    during = sparse.summary(torch.zeros(2, 8, 4, 4))
+    sparse.finalize()
+    after = sparse.summary(torch.zeros(2, 8, 4, 4))
+    assert [(row.name, row.flops, row.flops_dense) for row in during.rows] == [
+        (row.name, row.flops, row.flops_dense) for row in after.rows
+    ]
+    assert during.flops == after.flops and 4 * after.flops[0] == after.flops[1]
 
 
 def test_bdwp_multiplies_one_and_two_n_over_m_thirds() -> None:

@@ -73,7 +73,7 @@ def test_the_three_products_are_those_of_three_layers(kind: str, mode: str) -> N
     }
     install(module, "weight", TwoWayMask(**masks[mode]))
     x = x.requires_grad_()
-    y = module(x)
+    y = module(input=x)
     torch.testing.assert_close(y, expected_y)
     y.backward(dy)
     torch.testing.assert_close(x.grad, dx)

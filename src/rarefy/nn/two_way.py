@@ -102,7 +102,7 @@ class TwoWayMask(Reparametrisation):
     def output(self, module: nn.Module, x: Tensor) -> Tensor:
         weight = module.parametrizations.weight.original  # type: ignore[union-attr]
         assert isinstance(weight, Tensor) and isinstance(module, nn.Linear | nn.Conv2d)
-        x, there, back, bias = _autocast(x, self(weight), _prune(weight.detach(), self.back), module.bias)
+        x, there, back, bias = _autocast(x, module.weight, _prune(weight.detach(), self.back), module.bias)
         if isinstance(module, nn.Linear):
             return _TwoWayLinear.apply(x, there, back, bias, self.errors)
         padding: Any = module.padding
