@@ -457,10 +457,11 @@ def test_errors_leave_the_model_as_it_was() -> None:
     sparse = rarefy.sparsify(model, "movement", optimizer=sgd, total_steps=10)
     fails(model, SelectionError, r"finalize\(\)", method="magnitude")
     fails(copy.deepcopy(model), SelectionError, "bake_", method="magnitude")
-    state = sparse.state_dict()
-    state["layers"]["0.weight"]["extras"] = {}
-    with pytest.raises(StateError, match="incomplete"):
-        sparse.load_state_dict(state)
+    for part, wrong in (("extras", {}), ("untold", [1]), ("untold", None), ("settings", [])):
+        state = sparse.state_dict()
+        state["layers"]["5.weight"][part] = wrong
+        with pytest.raises(StateError, match="incomplete"):
+            sparse.load_state_dict(state)
 
 
 @pytest.mark.parametrize("method", ["ste", "sr-ste", "pgf mdgf", "pgf sdgf", "t-mask", "bdwp"])

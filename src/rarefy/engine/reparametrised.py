@@ -219,7 +219,8 @@ class ReparametrisedLayer(MaskedLayer):
     def check_state(self, state: object) -> None:
         super().check_state(state)
         assert isinstance(state, dict)
-        if not isinstance(state.get("untold"), list):
+        untold = state.get("untold")
+        if not isinstance(untold, list) or [type(count) for count in untold] != [int, int]:
             raise StateError(f"{self.name}: the saved state of this layer is incomplete.")
         for part, mine in (("extras", self.extras), ("settings", self.settings)):
             saved = state.get(part)
