@@ -88,6 +88,19 @@ def test_t_mask_is_straight_through_with_one_mask_for_k_steps(refine: float) -> 
         make("t-mask", pattern="2:4")
 
 
+@pytest.mark.parametrize("method", ["ste", "t-mask", "bdwp", "pgf"])
+def test_a_layer_with_a_forward_pass_of_its_own_keeps_it(method: str) -> None:
+    class Twice(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(input)
+
+    model = nn.Sequential(Twice(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+    sparse = rarefy.sparsify(model, method, pattern="2:4t" if method == "t-mask" else "2:4", total_steps=9)
+    assert ("0.weight" in sparse.layers) == (method != "bdwp")  # which cannot give it another weight, and leaves it
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(model(x), 2 * F.linear(F.linear(x, model[0].weight), model[1].weight))
+
+
 @pytest.mark.parametrize("method", ["asp", "nm-rigl", "bdwp"])
 def test_a_stem_stays_dense_unless_it_is_named(method: str) -> None:
     model = build("resnet-20", width=0.5)
