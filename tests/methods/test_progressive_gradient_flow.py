@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -67,6 +68,15 @@ def test_the_linear_timeline() -> None:
     assert [kept for _, _, kept in seen] == [128] * 65 + [16] * 35
     sparse.finalize()
     assert sparse.sparsity == 1 - 1 / 8
+
+
+@pytest.mark.parametrize("length", [49, 98, 237])
+def test_the_linear_decay_ends_at_zero_and_on_time(length: int) -> None:
+    options: dict[str, Any] = dict(recipe="mdgf-linear", coefficient=1 / length, start=3, stop=900)
+    sparse = rarefy.sparsify(net(), "pgf", pattern="1:4", **options)
+    assert isinstance(sparse.method, rarefy.methods.PGF)
+    betas = [sparse.method.stage(sparse, step)[0] for step in range(3 + length + 2)]
+    assert betas[2:5] == [1.0, 1.0, 1 - 1 / length] and betas[-3] > 0.5 / length and betas[-2:] == [0.0, 0.0]
 
 
 def test_the_exponential_timeline() -> None:

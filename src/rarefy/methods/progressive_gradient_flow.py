@@ -113,7 +113,9 @@ class PGF(Fitting):
         if self.recipe.startswith("sdgf"):
             return 0.0, (step - first) * len(self.frames) // (last - first)
         gone = self._decay(sparse.total_steps) * (step - first)
-        return (max(1 - gone, 0.0) if self.recipe == "mdgf-linear" else math.exp(-gone)), 0
+        if self.recipe == "mdgf-exponential":
+            return math.exp(-gone), 0
+        return (1 - gone if gone < 1 - 1e-9 else 0.0), 0  # 49 times 1/49 is less than 1 in floating point
 
     def _decay(self, total_steps: int | None) -> float:
         if self.coefficient is not None:
