@@ -347,12 +347,14 @@ class Ridge(Method):
         return 0.5 * self.weight * torch.stack(shifted).sum()
 
 
-@pytest.mark.parametrize("how", ["plain", "closure", "accumulated", "scaled", "scaled and fused"])
+@pytest.mark.parametrize("how", ["plain", "closure", "accumulated", "maximized", "scaled", "scaled and fused"])
 def test_a_penalty_adds_its_exact_gradient_once_a_step(how: str) -> None:
     torch.manual_seed(0)
     model = nn.Linear(6, 4).double() if "scaled" not in how else nn.Linear(6, 4)
     twin = copy.deepcopy(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=how.endswith("fused"))
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=0.1, momentum=0.9, fused=how.endswith("fused"), maximize=how == "maximized"
+    )
     other = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9)
     sparse = rarefy.sparsify(model, Ridge(), optimizer=optimizer)
     mask = sparse.layers["weight"].mask()
@@ -377,6 +379,10 @@ def test_a_penalty_adds_its_exact_gradient_once_a_step(how: str) -> None:
             optimizer.step()
         elif how == "plain":
             closure()
+            optimizer.step()
+        elif how == "maximized":
+            optimizer.zero_grad()
+            (-model(x).square().mean()).backward()
             optimizer.step()
         else:
             optimizer.zero_grad()
