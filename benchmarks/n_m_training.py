@@ -105,7 +105,8 @@ def train(
     torch.manual_seed(seed)
     model = network(model_name, x.shape[1:])
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=args.momentum)
-    steps = args.epochs * math.ceil(len(y) / args.batch)
+    epoch = math.ceil(len(y) / args.batch)
+    steps = args.epochs * epoch
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     sparse = None
     if pattern is not None:
@@ -123,14 +124,14 @@ def train(
     history, noises = MaskHistory(), []
     generator = torch.Generator().manual_seed(seed)
     for step in range(steps):
-        if step % math.ceil(len(y) / args.batch) == 0:
+        if step % epoch == 0:
             order = torch.randperm(len(y), generator=generator)
         if sparse is not None and step % EVERY == 0:
             history.record(step, sparse.masks())
-        at = order[step * args.batch % len(y) :][: args.batch]
+        at = order[step % epoch * args.batch :][: args.batch]
         optimizer.zero_grad()
         F.cross_entropy(model(x[at]), y[at]).backward()
-        if sparse is not None and step >= steps // 2 and step % 10 == 0:
+        if sparse is not None and step >= steps // 2 and (step - steps // 2) % 10 == 0:
             noises.append(noise(sparse))
         optimizer.step()
         schedule.step()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -283,3 +284,75 @@ def test_compiled_models_and_no_warning() -> None:
             optimizer.step()
             optimizer.zero_grad()
     assert sum(int((layer.weight() == 0).sum()) for layer in sparse.layers.values()) > 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ridge(Method):
+    """A penalty with a gradient that everyone knows, on plain masked weights."""
+
+    name: ClassVar[str] = "ridge"
+    weight: float = 0.3
+
+    def choose(self, sparse: Sparsifier) -> None:
+        for layer in sparse.layers.values():
+            layer.rewire(layer.largest_magnitudes(torch.tensor([layer.numel // 2])))
+
+    def penalty(self, sparse: Sparsifier) -> Tensor:
+        shifted = [(layer.target.parameter - 1).square().sum() for layer in sparse.layers.values()]
+        return 0.5 * self.weight * torch.stack(shifted).sum()
+
+
+@pytest.mark.parametrize("how", ["plain", "closure", "accumulated", "maximized", "scaled", "scaled and fused"])
+def test_a_penalty_adds_its_exact_gradient_once_a_step(how: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(6, 4).double() if "scaled" not in how else nn.Linear(6, 4)
+    twin = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=0.1, momentum=0.9, fused=how.endswith("fused"), maximize=how == "maximized"
+    )
+    other = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9)
+    sparse = rarefy.sparsify(model, Ridge(), optimizer=optimizer)
+    mask = sparse.layers["weight"].mask()
+    with torch.no_grad():
+        twin.weight.mul_(mask)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    for step in range(4):
+        x = torch.randn(8, 6, generator=torch.Generator().manual_seed(step), dtype=twin.weight.dtype)
+
+        def closure(x: Tensor = x) -> Tensor:
+            optimizer.zero_grad()
+            loss = model(x).square().mean()
+            loss.backward()
+            return loss
+
+        if how == "closure":
+            value = optimizer.step(closure)
+        elif how == "accumulated":
+            optimizer.zero_grad()
+            for half in x.chunk(2):
+                (model(half).square().mean() / 2).backward()
+            optimizer.step()
+        elif how == "plain":
+            closure()
+            optimizer.step()
+        elif how == "maximized":
+            optimizer.zero_grad()
+            (-model(x).square().mean()).backward()
+            optimizer.step()
+        else:
+            optimizer.zero_grad()
+            scaler.scale(model(x).square().mean()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        other.zero_grad()
+        total = twin(x).square().mean() + 0.15 * (twin.weight - 1).square().sum()
+        total.backward()
+        twin.weight.grad.mul_(mask)
+        other.step()
+        if how == "closure":
+            torch.testing.assert_close(value, total)
+        torch.testing.assert_close(
+            model.weight, twin.weight, rtol=1e-5 if "scaled" in how else 1e-12, atol=1e-6 if "scaled" in how else 1e-12
+        )
+        assert not model.weight[~mask].any()
+        assert not optimizer.state[model.weight]["momentum_buffer"][~mask].any()

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -14,52 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rarefy
-from rarefy.engine import Method, Sparsifier
-from rarefy.errors import OptionError, SelectionError, StateError
+from rarefy.engine import Sparsifier
+from rarefy.errors import OptionError
 from rarefy.nn import bake_
 from tests.engine.common import backward, batch, mlp
+from tests.engine.reparametrised import BOTH_WAYS, METHODS, make, named, train
 from tests.engine.test_any_loop import OPTIMIZERS
-
-METHODS: dict[str, dict[str, Any]] = {
-    "movement": dict(sparsity=0.8),
-    "soft-movement": dict(threshold=0.4999, penalty_weight=50.0),
-    "trainable-threshold": dict(alpha=0.05),
-    "lottery-jackpots": dict(sparsity=0.8, stop=0.6),
-    "ste": dict(pattern="1:4"),
-    "sr-ste": dict(pattern="2:4", refine=0.05),
-    "pgf mdgf": dict(pattern="1:4", recipe="mdgf-linear", coefficient=0.125),
-    "pgf sdgf": dict(pattern="1:4", recipe="sdgf-stepwise"),
-    "t-mask": dict(pattern="2:4t", every=3, refine=0.05),
-    "bdwp": dict(pattern="2:4", refine=0.05),
-    "bdwp bp_g": dict(pattern="1:4", mode="bp_g"),
-}
-BOTH_WAYS = ("t-mask", "bdwp")  # they leave the last layer: its 5 outputs are no multiple of 4
-
-
-def named(case: str) -> str:
-    """The method of a case."""
-    return case.partition(" ")[0]
-
-
-def make(
-    method: str, seed: int = 0, optimizer: str = "Adam", **kwargs: Any
-) -> tuple[nn.Sequential, torch.optim.Optimizer, Sparsifier]:
-    model = mlp(seed)
-    made = getattr(torch.optim, optimizer)(model.parameters(), **{"lr": 0.02, **kwargs})
-    return (
-        model,
-        made,
-        rarefy.sparsify(model, named(method), optimizer=made, total_steps=20, seed=seed, **METHODS[method]),
-    )
-
-
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*begin again at 0")
-        for step in steps:
-            backward(model, step)
-            optimizer.step()
-            optimizer.zero_grad()
 
 
 def assert_left_clean(model: nn.Module, optimizer: torch.optim.Optimizer, sparse: Sparsifier) -> None:
@@ -329,143 +288,3 @@ def test_a_compiled_model_trains_the_same(method: str) -> None:
         assert list(mine) == list(theirs)
         for name in mine:
             torch.testing.assert_close(mine[name], theirs[name], rtol=1e-4, atol=1e-5)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ridge(Method):
-    """A penalty with a gradient that everyone knows, on plain masked weights."""
-
-    name: ClassVar[str] = "ridge"
-    weight: float = 0.3
-
-    def choose(self, sparse: Sparsifier) -> None:
-        for layer in sparse.layers.values():
-            layer.rewire(layer.largest_magnitudes(torch.tensor([layer.numel // 2])))
-
-    def penalty(self, sparse: Sparsifier) -> Tensor:
-        shifted = [(layer.target.parameter - 1).square().sum() for layer in sparse.layers.values()]
-        return 0.5 * self.weight * torch.stack(shifted).sum()
-
-
-@pytest.mark.parametrize("how", ["plain", "closure", "accumulated", "scaled", "scaled and fused"])
-def test_a_penalty_adds_its_exact_gradient_once_a_step(how: str) -> None:
-    torch.manual_seed(0)
-    model = nn.Linear(6, 4).double() if "scaled" not in how else nn.Linear(6, 4)
-    twin = copy.deepcopy(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=how.endswith("fused"))
-    other = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9)
-    sparse = rarefy.sparsify(model, Ridge(), optimizer=optimizer)
-    mask = sparse.layers["weight"].mask()
-    with torch.no_grad():
-        twin.weight.mul_(mask)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
-    for step in range(4):
-        x = torch.randn(8, 6, generator=torch.Generator().manual_seed(step), dtype=twin.weight.dtype)
-
-        def closure(x: Tensor = x) -> Tensor:
-            optimizer.zero_grad()
-            loss = model(x).square().mean()
-            loss.backward()
-            return loss
-
-        if how == "closure":
-            value = optimizer.step(closure)
-        elif how == "accumulated":
-            optimizer.zero_grad()
-            for half in x.chunk(2):
-                (model(half).square().mean() / 2).backward()
-            optimizer.step()
-        elif how == "plain":
-            closure()
-            optimizer.step()
-        else:
-            optimizer.zero_grad()
-            scaler.scale(model(x).square().mean()).backward()
-            scaler.step(optimizer)
-            scaler.update()
-        other.zero_grad()
-        total = twin(x).square().mean() + 0.15 * (twin.weight - 1).square().sum()
-        total.backward()
-        twin.weight.grad.mul_(mask)
-        other.step()
-        if how == "closure":
-            torch.testing.assert_close(value, total)
-        torch.testing.assert_close(
-            model.weight, twin.weight, rtol=1e-5 if "scaled" in how else 1e-12, atol=1e-6 if "scaled" in how else 1e-12
-        )
-        assert not model.weight[~mask].any()
-        assert not optimizer.state[model.weight]["momentum_buffer"][~mask].any()
-
-
-def test_a_mask_that_moves_at_every_step_is_logged_once_in_a_hundred() -> None:
-    model, optimizer, sparse = make("movement")
-    previous, dropped, grown = sparse.masks(), 0, 0
-    for step in range(230):
-        train(model, optimizer, range(step, step + 1))
-        now = sparse.masks()
-        dropped += sum(int((previous[n] & ~m).sum()) for n, m in now.items())
-        grown += sum(int((m & ~previous[n]).sum()) for n, m in now.items())
-        previous = now
-    assert {event.step for event in sparse.events} == {100, 200}
-    sparse.finalize()
-    assert {event.step for event in sparse.events} == {100, 200, 230}
-    assert sum(event.dropped for event in sparse.events) == dropped
-    assert sum(event.grown for event in sparse.events) == grown > 0
-    assert {e.layer: e.kept for e in sparse.events} == {n: layer.nnz for n, layer in sparse.layers.items()}
-
-
-def test_cost_counts_sparse_forward_and_dense_gradients() -> None:
-    model, optimizer, sparse = make("movement")
-    kept = dict.fromkeys(sparse.layers, 0)
-    for step in range(10):
-        for name, layer in sparse.layers.items():
-            kept[name] += layer.nnz  # what the coming step computes with
-        train(model, optimizer, range(step, step + 1))
-    for name, cost in sparse.training_cost().items():
-        assert cost == (10, kept[name], 10, 0)
-
-
-def test_what_is_computed_is_not_called_dense_in_the_summary() -> None:
-    model, _, sparse = make("trainable-threshold")
-    summary = sparse.summary(batch(0)[0])
-    assert sorted(item.name for item in summary.left_out) == ["0.bias", "1.bias", "1.weight", "3.bias", "5.bias"]
-    assert summary.flops is not None and summary.flops[1] > 0
-    model.append(nn.Linear(5, 5))
-    assert "added after" in str(sparse.summary())
-
-
-def test_errors_leave_the_model_as_it_was() -> None:
-    def fails(model: nn.Module, error: type[Exception], match: str, **options: Any) -> None:
-        before = {name: value.clone() for name, value in model.state_dict().items()}
-        method = options.pop("method", "movement")
-        with pytest.raises(error, match=match):
-            rarefy.sparsify(model, method, total_steps=10, **options)
-        assert list(before) == list(model.state_dict())
-        assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
-
-    model = mlp()
-    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
-    fails(model, OptionError, "movement trains parameters of its own.*optimizer=")
-    fails(model, OptionError, 'storage="masked"', optimizer=sgd, storage="compressed")
-    part = torch.optim.SGD(model[5].parameters(), lr=0.1)
-    fails(model, OptionError, r"0\.parametrizations\.weight\.0\.scores \[16, 12\].*no optimizer holds", optimizer=part)
-    assert len(part.param_groups[0]["params"]) == 2
-    tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    tied[1].weight = tied[0].weight
-    fails(tied, SelectionError, r"tied \(1\.weight\)", optimizer=torch.optim.SGD(tied.parameters(), lr=0.1))
-
-    sparse = rarefy.sparsify(model, "movement", optimizer=sgd, total_steps=10)
-    fails(model, SelectionError, r"finalize\(\)", method="magnitude")
-    fails(copy.deepcopy(model), SelectionError, "bake_", method="magnitude")
-    state = sparse.state_dict()
-    state["layers"]["0.weight"]["extras"] = {}
-    with pytest.raises(StateError, match="incomplete"):
-        sparse.load_state_dict(state)
-
-
-def test_steps_by_hand_cannot_train_extras() -> None:
-    _, _, sparse = make("movement")
-    again = rarefy.sparsify(mlp(), sparse.method, total_steps=20, state=sparse.state_dict())  # only to look at
-    assert again.nnz == sparse.nnz
-    with pytest.raises(OptionError, match="pass optimizer"):
-        again.step()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -87,6 +88,19 @@ def test_t_mask_is_straight_through_with_one_mask_for_k_steps(refine: float) -> 
         make("t-mask", pattern="2:4")
 
 
+@pytest.mark.parametrize("method", ["ste", "t-mask", "bdwp", "pgf"])
+def test_a_layer_with_a_forward_pass_of_its_own_keeps_it(method: str) -> None:
+    class Twice(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(input)
+
+    model = nn.Sequential(Twice(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+    sparse = rarefy.sparsify(model, method, pattern="2:4t" if method == "t-mask" else "2:4", total_steps=9)
+    assert ("0.weight" in sparse.layers) == (method != "bdwp")  # which cannot give it another weight, and leaves it
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(model(x), 2 * F.linear(F.linear(x, model[0].weight), model[1].weight))
+
+
 @pytest.mark.parametrize("method", ["asp", "nm-rigl", "bdwp"])
 def test_a_stem_stays_dense_unless_it_is_named(method: str) -> None:
     model = build("resnet-20", width=0.5)
@@ -115,6 +129,22 @@ def test_bdwp_knows_its_layers() -> None:
         make("bdwp", mode="bp")
     with pytest.raises(OptionError, match="inputs and outputs only"):
         make("bdwp", pattern="2:4@2")
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "2:4@0"])
+@pytest.mark.parametrize("mode", ["both", "ff", "bp_w", "bp_g"])
+def test_bdwp_leaves_what_does_not_fit_in_every_mode(mode: str, pattern: str) -> None:
+    """Either side may be odd; what is taken trains, and what is left is listed with the side that does not fit."""
+    model = nn.Sequential(*(nn.Linear(a, b) for a, b in ((6, 8), (8, 8), (8, 6), (6, 4), (4, 8))))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    sparse = rarefy.sparsify(model, "bdwp", pattern=pattern, mode=mode, optimizer=optimizer)
+    odd = {"0.weight": "dimension 1 (6)", "2.weight": "dimension 0 (6)", "3.weight": "dimension 1 (6)"}
+    if mode == "ff":
+        odd = {name: why for name, why in odd.items() if ("1 (6)" in why) == (pattern == "2:4")}
+    reasons = {item.name: item.reason for item in sparse.left_out if item.name.endswith("weight")}
+    assert reasons.keys() == odd.keys() and all(why in reasons[name] for name, why in odd.items())
+    model(torch.randn(3, 6)).sum().backward()
+    optimizer.step()
 
 
 def test_bdwp_ff_is_sr_ste() -> None:
@@ -155,6 +185,20 @@ def test_bdwp_trains_by_its_three_products(mode: str) -> None:
         torch.testing.assert_close(sparse.layers["0.weight"].trained(), w1, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(sparse.layers["2.weight"].trained(), w2, rtol=1e-10, atol=1e-12)
     assert sparse.sparsity == (0.75 if mode == "both" else 0)
+
+
+@pytest.mark.parametrize("method", ["ste", "sr-ste", "t-mask", "bdwp", "pgf"])
+def test_the_summary_counts_the_same_flops_while_it_trains(method: str) -> None:
+    model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 4))
+    options: dict[str, Any] = {"pgf": dict(start=0, stop=0), "t-mask": dict(pattern="1:4t")}.get(method, {})
+    sparse = rarefy.sparsify(model, method, total_steps=9, **{"pattern": "1:4", **options})
+    during = sparse.summary(torch.zeros(2, 8, 4, 4))
+    sparse.finalize()
+    after = sparse.summary(torch.zeros(2, 8, 4, 4))
+    assert [(row.name, row.flops, row.flops_dense) for row in during.rows] == [
+        (row.name, row.flops, row.flops_dense) for row in after.rows
+    ]
+    assert during.flops == after.flops and 4 * after.flops[0] == after.flops[1]
 
 
 def test_bdwp_multiplies_one_and_two_n_over_m_thirds() -> None:

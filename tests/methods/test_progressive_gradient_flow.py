@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -69,6 +70,15 @@ def test_the_linear_timeline() -> None:
     assert sparse.sparsity == 1 - 1 / 8
 
 
+@pytest.mark.parametrize("length", [49, 98, 237])
+def test_the_linear_decay_ends_at_zero_and_on_time(length: int) -> None:
+    options: dict[str, Any] = dict(recipe="mdgf-linear", coefficient=1 / length, start=3, stop=900)
+    sparse = rarefy.sparsify(net(), "pgf", pattern="1:4", **options)
+    assert isinstance(sparse.method, rarefy.methods.PGF)
+    betas = [sparse.method.stage(sparse, step)[0] for step in range(3 + length + 2)]
+    assert betas[2:5] == [1.0, 1.0, 1 - 1 / length] and betas[-3] > 0.5 / length and betas[-2:] == [0.0, 0.0]
+
+
 def test_the_exponential_timeline() -> None:
     _, seen = timeline("mdgf-exponential")
     betas = [beta for beta, _, _ in seen]
@@ -126,7 +136,7 @@ def test_gradients_of_both_readings(gradient: str, beta: float) -> None:
             value = weight.detach() * (mask + b * ~mask)
             forward = value + weight - weight.detach()
         expected.append(forward)
-        assert torch.equal(model[i].weight, weight * (mask + b * ~mask)) or beta == 0.3
+        torch.testing.assert_close(model[i].weight, weight * (mask + b * ~mask), rtol=1e-14, atol=0)
     y = torch.tanh(x @ expected[0].T) @ expected[1].T
     loss = y.square().sum()
     loss.backward()
@@ -210,6 +220,8 @@ def test_what_cannot_be_is_refused() -> None:
         make("pgf", recipe="mdgf-liner")
     with pytest.raises(OptionError, match="gradient"):
         make("pgf", gradient="none")
+    with pytest.raises(OptionError, match="stop=None"):
+        make("pgf", stop=None)
     with pytest.raises(OptionError, match="kind NM"):
         make("pgf", pattern="channel", sparsity=0.5)
     with pytest.raises(OptionError, match="total_steps"):

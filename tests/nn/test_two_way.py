@@ -73,7 +73,7 @@ def test_the_three_products_are_those_of_three_layers(kind: str, mode: str) -> N
     }
     install(module, "weight", TwoWayMask(**masks[mode]))
     x = x.requires_grad_()
-    y = module(x)
+    y = module(input=x)
     torch.testing.assert_close(y, expected_y)
     y.backward(dy)
     torch.testing.assert_close(x.grad, dx)
@@ -151,6 +151,17 @@ def test_an_overflow_of_the_gradient_is_passed_on() -> None:
     x = torch.ones(2, 8, requires_grad=True)
     module(x).backward(torch.tensor([[1.0, float("nan"), 2.0, float("inf")], [1.0, 2.0, 3.0, 4.0]]))
     assert x.grad is not None and x.grad[0].isnan().all() and x.grad[1].isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_a_batch_may_be_empty(kind: str) -> None:
+    module, shape = copy.deepcopy(LAYERS[kind])
+    module = module.double()
+    install(module, "weight", TwoWayMask(NM(2, 4), NM(2, 4, 0), NM(2, 4)))
+    x = randn(0, *shape[1:]).requires_grad_()
+    module(x).sum().backward()
+    assert x.grad is not None and x.grad.shape == x.shape
+    assert not module.parametrizations.weight.original.grad.any()
 
 
 @pytest.mark.parametrize("what", ["frozen weight", "no input gradient", "no grad"])

@@ -65,6 +65,9 @@ def test_numbers_as_people_write_them() -> None:
     assert adam.optimizer.cls() is torch.optim.AdamW
     assert adam.optimizer.options() == {"lr": 1e-3, "betas": [0.9, 0.99]}
     assert run(optimizer={"momentum": 0}).optimizer.options()["nesterov"] is False
+    assert parse_yaml("[2:8, 1:16, -1:2.5, 10, 0x10, 1.5]", "run.yaml") == ["2:8", "1:16", "-1:2.5", 10, 16, 1.5]
+    asked = assignments(["method_options.pattern=2:8"])
+    assert run(method="sr-ste", **asked).build_method().options()["sparsity"] == 0.75
 
 
 def test_broken_files_are_refused_by_name(tmp_path) -> None:

@@ -86,23 +86,34 @@ def test_gradient_accumulation(tmp_path: Path) -> None:
     assert callback.sparse.step_count == 8 and masked_weights_are_zero(run.model, callback.sparse)
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch", "sgd"])
-def test_what_is_trained_beside_the_weights_is_resumed_bit_for_bit(tmp_path: Path, optim: str) -> None:
-    def movement() -> Any:
-        return HFSparsityCallback("movement", sparsity=0.8, exclude=["*embeddings*", "classifier*"])
+@pytest.mark.parametrize(
+    ("method", "options", "optim"),
+    [
+        ("movement", {"sparsity": 0.8}, "adamw_torch"),
+        ("movement", {"sparsity": 0.8}, "sgd"),
+        ("sr-ste", {"pattern": "1:4", "refine": 0.1}, "adamw_torch"),
+        ("pgf", {"pattern": "1:4", "recipe": "sdgf-stepwise"}, "adamw_torch"),
+    ],
+)
+def test_what_is_trained_beside_the_weights_is_resumed_bit_for_bit(
+    method: str, options: dict[str, Any], optim: str, tmp_path: Path
+) -> None:
+    def made() -> Any:
+        return HFSparsityCallback(method, exclude=["*embeddings*", "classifier*"], **options)
 
-    callback = movement()
+    callback = made()
     run = trainer(tmp_path, callback, optim=optim)
     names = [name for name, _ in run.model.named_parameters()]
     run.train()
-    assert callback.sparse.sparsity == pytest.approx(0.8, abs=0.01)
+    assert callback.sparse.sparsity == pytest.approx(options.get("sparsity", 0.75), abs=0.01)
     assert masked_weights_are_zero(run.model, callback.sparse)
     assert [name for name, _ in run.model.named_parameters()] == names
     saved = torch.load(tmp_path / "checkpoint-4/optimizer.pt", weights_only=True)
     assert sum(len(group["params"]) for group in saved["param_groups"]) == len(names)
-    again = movement()
+    again = made()
     second = trainer(tmp_path, again, optim=optim)
     second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert again.sparse.step_count == 8 and again.sparse.events == callback.sparse.events
+    assert again.sparse.explored() == callback.sparse.explored()
     for (name, a), b in zip(run.model.named_parameters(), second.model.parameters(), strict=True):
         assert torch.equal(a, b), name

@@ -61,6 +61,7 @@ def sat(
     """
     import json
 
+    from rarefy._files import atomic_write
     from rarefy.errors import OptionError, nearest
     from rarefy.systems.sat import accelerator, compare
     from rarefy.systems.sat.report import to_dict
@@ -76,7 +77,8 @@ def sat(
     found = compare(net, example, pattern, array, dense=dense or ())
     if schedule is not None:
         steps = [step.to_dict() for step in found.sparse.instructions]
-        schedule.write_text(json.dumps(steps, indent=1) + "\n", encoding="utf-8")
+        with atomic_write(schedule, "w") as file:
+            file.write(json.dumps(steps, indent=1) + "\n")
     if format_ == "json":
         typer.echo(json.dumps({"model": shape, **to_dict(found)}, indent=1))
     else:
@@ -96,7 +98,8 @@ def _network(
     known = models.options(name)
     if image is not None and "image_size" not in known:
         raise ModelError(f"{name} reads no images: leave out --image")
-    side = image or given.get("image_size") or known.get("image_size") or (224 if known["num_classes"] == 1000 else 32)
+    usual = known.get("image_size") or (224 if known["num_classes"] == 1000 else 32)
+    side = given.get("image_size", usual) if image is None else image
     sizes = {"num_classes": classes, "image_size": side if "image_size" in known else None}
     with torch.device("meta"):
         net = models.build(name, **{**{key: value for key, value in sizes.items() if value is not None}, **given})

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rarefy.engine.taxonomy import Family
 from rarefy.errors import OptionError, nearest
 from rarefy.nn import Reparametrisation
-from rarefy.patterns import Pattern
+from rarefy.patterns import Pattern, parse_pattern
 from rarefy.penalties import Proximal
 from rarefy.schedules import Clock
 
@@ -61,6 +61,10 @@ class Method:
         A method that trains several times in one run begins again; a training loop asks with every step.
         """
         return step, total_steps
+
+    def must_fit(self) -> tuple[Pattern, ...]:
+        """Return all patterns that a layer has to fit: that of its masks, and others that the method cuts it by."""
+        return (parse_pattern(getattr(self, "pattern", "unstructured")),)
 
     def leaves(self, target: Target) -> str | None:
         """Return why this weight stays dense where nobody names it by `include`; None: it does not.

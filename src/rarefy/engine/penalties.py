@@ -67,18 +67,19 @@ class PenaltyHook:
         return (args[0], with_penalty, *args[2:]), {k: v for k, v in kwargs.items() if k != "closure"}
 
     def _add(self, optimizer: Optimizer) -> Tensor | None:
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        groups = [(p, group) for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         for layer in self._sparse.layers.values():
             layer.refresh()  # weights may have been set since the last step, or set alike on all ranks
         with torch.enable_grad():
             penalty = self._sparse.method.penalty(self._sparse)
         if penalty is None or not penalty.requires_grad:
             return None
-        gradients = torch.autograd.grad(penalty, parameters, allow_unused=True)
+        gradients = torch.autograd.grad(penalty, [p for p, _ in groups], allow_unused=True)
         scale = getattr(optimizer, "grad_scale", None)  # fused optimizers divide by it themselves
-        for parameter, gradient in zip(parameters, gradients, strict=True):
+        for (parameter, group), gradient in zip(groups, gradients, strict=True):
             if gradient is None:
                 continue
+            gradient = -gradient if group.get("maximize") else gradient  # a penalty is to fall in any case
             gradient = gradient if scale is None else gradient * scale.to(gradient.device)
             parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
         for layer in self._sparse.layers.values():

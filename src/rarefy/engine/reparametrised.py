@@ -203,11 +203,13 @@ class ReparametrisedLayer(MaskedLayer):
         return [(id(t), t._version) for t in (self.parameter, *self.extras.values(), *self.settings.values())]
 
     def _follow(self) -> Tensor:
-        self._seen = self._versions()
+        versions = self._versions()
         try:
-            return self._computes.kept(self.parameter)
+            mask = self._computes.kept(self.parameter)
         except OptionError as error:  # NaN
             raise OptionError(f"{self.name} {list(self.shape)}: {error}") from error
+        self._seen = versions
+        return mask
 
     def state_dict(self) -> dict[str, object]:
         extras = {name: extra.detach().clone() for name, extra in self.extras.items()}
@@ -217,7 +219,8 @@ class ReparametrisedLayer(MaskedLayer):
     def check_state(self, state: object) -> None:
         super().check_state(state)
         assert isinstance(state, dict)
-        if not isinstance(state.get("untold"), list):
+        untold = state.get("untold")
+        if not isinstance(untold, list) or [type(count) for count in untold] != [int, int]:
             raise StateError(f"{self.name}: the saved state of this layer is incomplete.")
         for part, mine in (("extras", self.extras), ("settings", self.settings)):
             saved = state.get(part)

@@ -103,7 +103,8 @@ class Sparsifier:
         else:
             targets, self.left_out = [], leave_all(model, method.name, include, exclude)
         pattern: Pattern = parse_pattern(getattr(method, "pattern", "unstructured"))
-        check_fit(pattern, targets)
+        for cut in method.must_fit():
+            check_fit(cut, targets)
         check_free(targets)
         check_unmasked(targets)
         self._stores = (RESERVING if method.reserves else STORAGES)[storage]
@@ -330,6 +331,8 @@ class Sparsifier:
         and what was trained beside them leaves the optimizers.
         """
         if self._attached:
+            for layer in self.layers.values():
+                layer.refresh()  # weights that no mask can be found for are refused before anything is changed
             for layer in self.layers.values():
                 layer.enforce()
             self.detach()

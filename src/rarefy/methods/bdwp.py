@@ -40,8 +40,9 @@ class BDWP(Refined):
     Only the abstract of the paper could be read: the rule is as it is told elsewhere, and whether the authors keep the decay
     of pruned weights is not known.
 
-    Linear and Conv2d layers whose inputs and outputs are both multiples of M take part; all others (stem, depthwise
-    convolutions, a classifier of ten) stay dense and are listed with the reason. What `include` names must fit.
+    Linear and Conv2d layers whose inputs and outputs are both multiples of M take part, in all modes but "ff", which needs the
+    inputs alone; all others (stem, depthwise convolutions, a classifier of ten) stay dense and are listed with the reason.
+    What `include` names must fit.
 
     Options:
         pattern: any "N:M", along the inputs. Default "2:4"; the paper has 2:8. "N:M@0" exchanges the two dimensions.
@@ -50,8 +51,8 @@ class BDWP(Refined):
             output channels in BP, weights as they are. The last two leave a dense network.
         refine: lambda, not negative. Default 2e-4 (`sr-ste`).
 
-    Raises OptionError where no optimizer is given, for an unknown mode and for layers of other kinds; SelectionError where no
-    layer fits, PatternError where one does not that `include` names.
+    Raises OptionError for an unknown mode, for layers of other kinds, and by `step()` where no optimizer is given;
+    SelectionError where no layer fits, PatternError where one does not that `include` names.
     """
 
     name: ClassVar[str] = "bdwp"
@@ -76,7 +77,7 @@ class BDWP(Refined):
         return replace(self._there, dim=1 - self._there.dim)
 
     def must_fit(self) -> tuple[Pattern, ...]:
-        return {"both": (self._there, self._back), "ff": (self._there,)}.get(self.mode, (self._back,))
+        return (self._there,) if self.mode == "ff" else (self._there, self._back)
 
     def leaves(self, target: Target) -> str | None:
         return super().leaves(target) or _other_kind(target.module)
@@ -85,8 +86,6 @@ class BDWP(Refined):
         for layer in sparse.layers.values():
             if (reason := _other_kind(layer.module)) is not None:
                 raise OptionError(f"{layer.name} {list(layer.shape)}: {reason}; exclude this layer.")
-            for pattern in self.must_fit():
-                pattern.check(layer.shape, layer.name)
 
     def reparametrise(self, weight: nn.Parameter) -> Reparametrisation:
         if self.mode == "ff":

@@ -35,10 +35,6 @@ class Fitting(Method):
         """The pattern itself, whatever text stands for it."""
         return parse_pattern(self.pattern)
 
-    def must_fit(self) -> tuple[Pattern, ...]:
-        """Return the patterns that a layer has to fit."""
-        return (self.cut,)
-
     def leaves(self, target: Target) -> str | None:
         if isinstance(target.module, nn.Embedding | nn.EmbeddingBag):
             return "an embedding is looked up: there are no products to save"

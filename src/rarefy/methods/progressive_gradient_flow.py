@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import nn
 
 from rarefy.engine import Family, Sparsifier
-from rarefy.engine.options import check_clock, check_positive
+from rarefy.engine.options import check_clock, check_ends, check_positive
 from rarefy.errors import OptionError, nearest
 from rarefy.methods.n_m import Fitting
 from rarefy.nn import FadingMask, Reparametrisation
@@ -43,11 +43,12 @@ class PGF(Fitting):
     While beta is above 0 nothing is zero, so all weights count as kept and training FLOPs are dense. A run that is stopped
     before t1 leaves a network that is not N:M yet.
 
-    The authors' code has errors that are not repeated here: its dense phase is a hundredth as long as declared, a layer that
-    fails or is not told the step computes densely without a word, and a resumed run keeps the wrong pattern to the end of the
-    frame. Their transformers prune the two matrices of each feed-forward network (`include=["*.fc1", "*.fc2"]` of
-    `rarefy.models`), some also queries, keys and values, each pattern along the inputs; the rest is dense. Layers that a
-    frame's pattern does not fit, and embeddings, stay dense and are listed; what `include` names must fit.
+    The authors' code has errors that are not repeated here: beta falls from the run's beginning on, so that it is small
+    already where the dense phase ends, a layer that fails or is not told the step computes densely without a word, and a
+    resumed run keeps the wrong pattern to the end of the frame. Their transformers prune the two matrices of each
+    feed-forward network (`include=["*.fc1", "*.fc2"]` of `rarefy.models`), some also queries, keys and values, each
+    pattern along the inputs; the rest is dense. Layers that a frame's pattern does not fit, and embeddings, stay dense
+    and are listed; what `include` names must fit.
 
     Options:
         pattern: the final "N:M". Default "2:4"; the paper's regime is 1:8 to 1:32.
@@ -58,8 +59,8 @@ class PGF(Fitting):
             after t0. The authors' ViT has 1e-4, their Swin 8e-4 with a linear decay.
         start, stop: t0 and t1; an int is a step, a float in [0, 1] a fraction of total_steps. Defaults 0.05 and 0.9.
 
-    Raises OptionError for an unknown recipe and where total_steps is needed but not given, SelectionError where no layer fits,
-    PatternError where one does not that `include` names.
+    Raises OptionError for an unknown recipe, for weights that are NaN, and where total_steps is needed but not given;
+    SelectionError where no layer fits, PatternError where one does not that `include` names.
     """
 
     name: ClassVar[str] = "pgf"
@@ -80,6 +81,7 @@ class PGF(Fitting):
         if self.coefficient is not None:
             check_positive("coefficient", self.coefficient)
         check_clock(1, self.start, self.stop)
+        check_ends(self.stop)
 
     def clock(self, total_steps: int | None) -> Clock:
         return Clock(every=1, start=self.start, stop=self.stop, total=total_steps)
@@ -111,7 +113,9 @@ class PGF(Fitting):
         if self.recipe.startswith("sdgf"):
             return 0.0, (step - first) * len(self.frames) // (last - first)
         gone = self._decay(sparse.total_steps) * (step - first)
-        return (max(1 - gone, 0.0) if self.recipe == "mdgf-linear" else math.exp(-gone)), 0
+        if self.recipe == "mdgf-exponential":
+            return math.exp(-gone), 0
+        return (1 - gone if gone < 1 - 1e-9 else 0.0), 0  # 49 times 1/49 is less than 1 in floating point
 
     def _decay(self, total_steps: int | None) -> float:
         if self.coefficient is not None:
@@ -131,9 +135,6 @@ class PGF(Fitting):
     def check(self, sparse: Sparsifier) -> None:
         if self.recipe.startswith("mdgf"):
             self._decay(sparse.total_steps)
-        for layer in sparse.layers.values():
-            for frame in self.frames:
-                frame.check(layer.shape, layer.name)
 
     def choose(self, sparse: Sparsifier) -> None:
         self._enter(sparse, self.stage(sparse, 0))

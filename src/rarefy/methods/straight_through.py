@@ -96,7 +96,7 @@ class SRSTE(Refined, STE):
     Options (beside those of `ste`):
         refine: lambda, not negative; 0 is `ste`. Default 2e-4 (the authors' code).
 
-    Raises as `ste` does, and OptionError where no optimizer is given.
+    Raises as `ste` does, and OptionError by `step()` where no optimizer is given.
     """
 
     name: ClassVar[str] = "sr-ste"

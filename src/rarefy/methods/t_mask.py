@@ -51,8 +51,8 @@ class TMask(Refined, Rewiring):
             Defaults 0 and None: to the end of training.
         refine: lambda, not negative. Default 2e-4 (`sr-ste`).
 
-    Raises OptionError where no optimizer is given, and for patterns of another kind; SelectionError where no layer fits,
-    PatternError where one does not that `include` names.
+    Raises OptionError for patterns of another kind, for weights that are NaN, and by `step()` where no optimizer is given;
+    SelectionError where no layer fits, PatternError where one does not that `include` names.
     """
 
     name: ClassVar[str] = "t-mask"

@@ -191,8 +191,8 @@ def install(module: nn.Module, attribute: str, computes: Reparametrisation) -> N
     parametrize.register_parametrization(module, attribute, computes)
     if computes.computes_output(module):  # the class is this module's own, and its copies'
 
-        def forward(self: nn.Module, x: Tensor) -> Tensor:
-            return self.parametrizations[attribute][0].output(self, x)  # type: ignore[index,union-attr]
+        def forward(self: nn.Module, input: Tensor) -> Tensor:  # named as torch's own is: it may be called by name
+            return self.parametrizations[attribute][0].output(self, input)  # type: ignore[index,union-attr]
 
         type(module).forward = forward
     if isinstance(module, nn.RNNBase):

@@ -95,7 +95,7 @@ class TransposableMask(Reparametrisation):
         self.mask.copy_(mask)
 
     def computes_output(self, module: nn.Module) -> bool:
-        return isinstance(module, nn.Linear) and self.pattern.m in SIZES
+        return type(module).forward is nn.Linear.forward and self.pattern.m in SIZES  # a subclass may have its own
 
     def output(self, module: nn.Module, x: Tensor) -> Tensor:
         weight, bias = module.parametrizations.weight.original, module.bias  # type: ignore[union-attr]
@@ -132,9 +132,7 @@ class FadingMask(Reparametrisation):
         return torch.where(mask, weight, weight * beta) if self.scaled else straight(weight, mask, beta)
 
     def kept(self, weight: Tensor) -> Tensor:
-        if self.beta > 0:
-            return torch.ones_like(weight, dtype=torch.bool)
-        return largest_in_frame(weight, self.patterns, self.frame)
+        return largest_in_frame(weight, self.patterns, self.frame) | (self.beta > 0)
 
     def extra_repr(self) -> str:
         return ", ".join(map(str, self.patterns))

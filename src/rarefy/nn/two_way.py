@@ -15,8 +15,10 @@ from rarefy.patterns.largest import largest
 
 
 def _prune(t: Tensor, pattern: NM | None) -> Tensor:
+    if pattern is None or not t.numel():  # a batch may be empty, and a pattern takes no such weight
+        return t
     # A gradient may have overflowed, which is for GradScaler to see: 0 times NaN is NaN.
-    return t if pattern is None else t * largest(t.nan_to_num(), pattern, pattern.n)
+    return t * largest(t.nan_to_num(), pattern, pattern.n)
 
 
 class _TwoWayLinear(torch.autograd.Function):
@@ -100,7 +102,7 @@ class TwoWayMask(Reparametrisation):
     def output(self, module: nn.Module, x: Tensor) -> Tensor:
         weight = module.parametrizations.weight.original  # type: ignore[union-attr]
         assert isinstance(weight, Tensor) and isinstance(module, nn.Linear | nn.Conv2d)
-        x, there, back, bias = _autocast(x, self(weight), _prune(weight.detach(), self.back), module.bias)
+        x, there, back, bias = _autocast(x, module.weight, _prune(weight.detach(), self.back), module.bias)
         if isinstance(module, nn.Linear):
             return _TwoWayLinear.apply(x, there, back, bias, self.errors)
         padding: Any = module.padding

@@ -175,6 +175,7 @@ def _put_back(sparse: Sparsifier, optimizer: Optimizer, saved: dict[str, Any]) -
             state = saved["optimizer"][name][extra]
             if state:
                 optimizer.state[parameter] = {key: _beside(value, parameter) for key, value in state.items()}
+        layer.after_load()  # masks that follow from these weights have not moved: they are as they were saved
 
 
 def _beside(value: Any, parameter: nn.Parameter) -> Any:

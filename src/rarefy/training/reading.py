@@ -19,8 +19,15 @@ from rarefy.errors import ConfigError, nearest
 P = TypeVar("P", bound=BaseModel)
 
 
+NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+
+
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads 1e-4 as a number and refuses a key that is given twice."""
+    """Safe YAML that reads 1e-4 as a number, 2:8 as a text, and refuses a key that is given twice."""
+
+    def resolve(self, kind: type[yaml.Node], value: Any, implicit: Any) -> Any:
+        tag = super().resolve(kind, value, implicit)
+        return self.DEFAULT_SCALAR_TAG if tag in NUMBERS and ":" in value else tag  # YAML 1.1: 128, in base 60
 
 
 _Loader.add_implicit_resolver(

@@ -45,6 +45,8 @@ def test_patterns_that_the_accelerator_does_not_run(pattern: str, error: Any, sa
 def test_networks_that_cannot_be_simulated() -> None:
     with pytest.raises(ModelError, match="no matrix product"):
         simulate(nn.ReLU(), torch.zeros(2, 3))
+    with pytest.raises(ModelError, match=r"none .* can be read: model: recurrent layers"):
+        simulate(nn.LSTM(8, 8), torch.zeros(4, 2, 8))
     with pytest.raises(ModelError, match=r"0.weight multiplies nothing"):
         simulate(mlp(16, 32, 10), samples(0, 16))
     with pytest.raises(SelectionError, match=r"dense='1.wight' fits no layer.*'1.weight'"):

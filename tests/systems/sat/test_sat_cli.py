@@ -29,7 +29,7 @@ def test_the_table_shows_layers_totals_and_reasons() -> None:
 
 
 def test_json_schedule_and_parameters(tmp_path: Path) -> None:
-    file, steps = tmp_path / "array.yaml", tmp_path / "steps.json"
+    file, steps = tmp_path / "array.yaml", tmp_path / "new" / "steps.json"
     file.write_text("rows: 16\ncolumns: 16\n")
     found = json.loads(run(*SMALL, "--config", str(file), "--set", "bandwidth=12.8", "--image", "16", "--classes", "100",
                            "--dense", "conv2*", "--format", "json", "--schedule", str(steps)))  # fmt: skip
@@ -45,6 +45,7 @@ def test_json_schedule_and_parameters(tmp_path: Path) -> None:
 
 def test_other_inputs() -> None:
     assert "gpt, 2 x 16 tokens" in run("--model", "gpt", "--batch", "2", "--option", "context=16")
+    assert "3x16x16" in run("--model", "vit", "--option", "image_size=16", "--batch", "2")
     assert "3x64x64" in run("--model", "resnet-18", "--option", "stem=small", "--image", "64", "--batch", "2")
 
 
@@ -61,6 +62,7 @@ def test_other_inputs() -> None:
         ((*SMALL, "--dense", "nothing*"), "fits no layer"),
         ((*SMALL, "--option", "stem=small"), "has no option 'stem'"),
         ((*SMALL, "--image", "4"), "at least 8x8"),
+        ((*SMALL, "--image", "0"), "image_size is 0"),
         ((*SMALL, "--config", "none.yaml"), "no configuration file"),
         (("--model", "gpt", "--image", "32"), "reads no images"),
         (("--model", "resnet-18", "--option", "stem=tiny"), "expected one of large, small"),

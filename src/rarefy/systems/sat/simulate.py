@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from rarefy.errors import OptionError
+from rarefy.errors import ModelError, OptionError
 from rarefy.metrics import Product, Work, work
 from rarefy.patterns import NM, Pattern
 from rarefy.systems.sat.config import Accelerator
@@ -139,6 +139,8 @@ def _simulate(
         raise OptionError(
             f"a PE selects from {array.window} activations (window), too few for {pattern}: use a larger window"
         )
+    if not done.products and done.not_counted:
+        raise ModelError(f"none of the model's products can be read: {'; '.join(done.not_counted)}")
     found = layers(done.products, pattern, stages, dense, ends)
     named = {layer.name: layer for layer in found}
     steps = [named[step.name] if isinstance(step, Product) else step for step in done.steps]
