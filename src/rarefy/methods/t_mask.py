@@ -36,8 +36,8 @@ class TMask(Refined, Rewiring):
     network and then held, use `magnitude` with this pattern.
 
     On the CPU, in float32, linear layers run both products on native N:M kernels from one packed copy, where M is 2, 4, 8 or 16
-    and the batch is large enough to gain by it: less time a step than dense training (docs/performance.md), not only fewer
-    FLOPs. Convolutions, other dtypes and autocast multiply the mask in.
+    and the batch is large enough to gain by it: less time a step than dense training from some 1,000 samples on
+    (docs/performance.md), not only fewer FLOPs. Convolutions, other dtypes and autocast multiply the mask in.
 
     Layers whose inputs or outputs are not multiples of M, and embeddings, stay dense and are listed with the reason; what
     `include` names must fit.
@@ -45,8 +45,8 @@ class TMask(Refined, Rewiring):
     Options:
         pattern: "N:Mt". Default "4:8t" (the paper); "4:8t-exact" and "4:8t-approx" name the solver.
         sparsity: 1 - N/M, and nothing else. Default 0.5.
-        every: k, steps between masks. Default 1 (the authors' code: 40); a few where linear layers are large and batches small,
-            as a new mask of a layer takes about as long as a product of 32 samples with it.
+        every: k, steps between masks. Default 1 (the authors' code: 40); some where linear layers are large and batches
+            small: a new mask costs about as much as a dense product of 500 samples with the weight.
         start, stop: first and last step of new masks; an int is a step, a float in [0, 1] a fraction of total_steps.
             Defaults 0 and None: to the end of training.
         refine: lambda, not negative. Default 2e-4 (`sr-ste`).
