@@ -21,7 +21,11 @@ def compare(
     methods: Annotated[Text, typer.Option(help="Methods by name, separated by commas.")] = None,
     sparsities: Annotated[Text, typer.Option(help="Fractions of zeros, separated by commas.")] = None,
     patterns: Annotated[
-        Text, typer.Option(help="Patterns (2:4,1:16), in place of sparsities where they fix them.")
+        Text,
+        typer.Option(
+            help="Patterns (2:4,1:16), in place of sparsities where they fix them; methods of a recipe that list their own "
+            "keep those."
+        ),
     ] = None,
     seeds: Annotated[Text, typer.Option(help="How many seeds (3), or which (0,1,5).")] = None,
     data: Annotated[Text, typer.Option(help="Data set of all runs.")] = None,

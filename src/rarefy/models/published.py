@@ -46,6 +46,14 @@ class Published:
     std: tuple[float, ...] | None = None
     rename: Callable[[str], str] = str
 
+    def normalise(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Return mean and standard deviation in the place of the data set's own. Raises ModelError where there are none."""
+        if self.mean is None or self.std is None:
+            raise ModelError(
+                f"{self.file} expects {self.inputs}: a data set's images cannot be prepared like this here"
+            )
+        return self.mean, self.std
+
 
 def _cifar(depth: int, tag: str, digest: str, accuracy: float) -> Published:
     name = f"resnet{depth}-{tag}.th"

@@ -186,7 +186,5 @@ class Recipe:
 def _inputs(config: str, published: str | None) -> Inputs:
     if published is None:
         return Inputs(RunConfig.model_validate_json(config))
-    entry = models.published_entry(published)
-    if entry.mean is None or entry.std is None:
-        raise ConfigError(f"{published} expects {entry.inputs}: a data set's images cannot be prepared like this here")
-    return Inputs(RunConfig.model_validate_json(config), normalise=(entry.mean, entry.std))
+    normalise = models.published_entry(published).normalise()
+    return Inputs(RunConfig.model_validate_json(config), normalise=normalise)

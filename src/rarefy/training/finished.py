@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rarefy import models
-from rarefy.errors import ModelError, OptionError, StateError
+from rarefy.errors import OptionError, StateError
 from rarefy.training.config import RunConfig
 from rarefy.training.folder import RunFolder
 from rarefy.training.inputs import Inputs
@@ -45,10 +45,9 @@ def published_network(name: str) -> tuple[nn.Module, Inputs]:
     here, and DataError where the weights or the data set are not there.
     """
     entry = models.published_entry(name)
-    if entry.mean is None or entry.std is None:
-        raise ModelError(f"{name} expects {entry.inputs}: no data set here is prepared like this")
+    normalise = entry.normalise()
     config = RunConfig(model=entry.model, model_options=dict(entry.options), data=entry.dataset)
-    return models.load_published(name), Inputs(config, normalise=(entry.mean, entry.std))
+    return models.load_published(name), Inputs(config, normalise=normalise)
 
 
 def some_inputs(inputs: Inputs, samples: int) -> list[Tensor]:
