@@ -119,7 +119,7 @@ def test_convert(tmp_path: Path) -> None:
     )
     assert "samples is 0" in run("convert", str(folder), "--samples", "0", code=2)
     assert "7" in run("convert", str(folder), "--pattern", "2:7", code=2)
-    assert "squeezenet" in run("convert", "--published", "squeezenet-imagenet-pruned", code=2)
+    assert "squeezenet-imagenet-pruned expects" in run("convert", "--published", "squeezenet-imagenet-pruned", code=2)
     assert "did you mean 'resnet-20-cifar10'" in run("convert", "--published", "resnet20-cifar10", code=2)
 
 

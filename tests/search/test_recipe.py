@@ -123,7 +123,7 @@ def test_published_weights_get_the_inputs_that_they_were_trained_with(monkeypatc
         assert torch.equal(y, labels)
         torch.testing.assert_close(x * 0.25 + 0.5, other * own_std + own_mean)
     monkeypatch.setitem(models.PUBLISHED, "other", dataclasses.replace(entry, mean=None, std=None))
-    with pytest.raises(ConfigError, match=r"other expects pixel / 256"):
+    with pytest.raises(ModelError, match=r"other expects pixel / 256"):
         dataclasses.replace(own, published="other").inputs()
     with pytest.raises(ModelError, match="no published weights are called 'min'"):
         dataclasses.replace(own, published="min").inputs()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rarefy.models._build import available, build, find, options
-from rarefy.models.published import PUBLISHED, Published, load_published, published_entry
+from rarefy.models.published import PUBLISHED, Published, load_published, published_entry, published_normalisation
 from rarefy.models.width import small_dense_width
 
 __all__ = [
@@ -15,5 +15,6 @@ __all__ = [
     "load_published",
     "options",
     "published_entry",
+    "published_normalisation",
     "small_dense_width",
 ]

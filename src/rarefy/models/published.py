@@ -46,14 +46,6 @@ class Published:
     std: tuple[float, ...] | None = None
     rename: Callable[[str], str] = str
 
-    def normalise(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Return mean and standard deviation in the place of the data set's own. Raises ModelError where there are none."""
-        if self.mean is None or self.std is None:
-            raise ModelError(
-                f"{self.file} expects {self.inputs}: a data set's images cannot be prepared like this here"
-            )
-        return self.mean, self.std
-
 
 def _cifar(depth: int, tag: str, digest: str, accuracy: float) -> Published:
     name = f"resnet{depth}-{tag}.th"
@@ -176,6 +168,17 @@ def published_entry(name: str) -> Published:
             f"no published weights are called {name!r}{nearest(str(name), PUBLISHED)}; known: {', '.join(PUBLISHED)}"
         )
     return PUBLISHED[name]
+
+
+def published_normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation per channel, in the place of the data set's own, that published weights expect.
+
+    Raises ModelError for an unknown name, and for weights whose inputs are not images prepared like that.
+    """
+    entry = published_entry(name)
+    if entry.mean is None or entry.std is None:
+        raise ModelError(f"{name} expects {entry.inputs}: a data set's images cannot be prepared like this here")
+    return entry.mean, entry.std
 
 
 def load_published(name: str, path: str | os.PathLike[str] | None = None) -> nn.Module:

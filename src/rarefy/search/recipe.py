@@ -186,5 +186,5 @@ class Recipe:
 def _inputs(config: str, published: str | None) -> Inputs:
     if published is None:
         return Inputs(RunConfig.model_validate_json(config))
-    normalise = models.published_entry(published).normalise()
+    normalise = models.published_normalisation(published)
     return Inputs(RunConfig.model_validate_json(config), normalise=normalise)

@@ -45,7 +45,7 @@ def published_network(name: str) -> tuple[nn.Module, Inputs]:
     here, and DataError where the weights or the data set are not there.
     """
     entry = models.published_entry(name)
-    normalise = entry.normalise()
+    normalise = models.published_normalisation(name)
     config = RunConfig(model=entry.model, model_options=dict(entry.options), data=entry.dataset)
     return models.load_published(name), Inputs(config, normalise=normalise)
 
